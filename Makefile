@@ -1,0 +1,36 @@
+# Every target works from nothing and does again only what has changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2  # test processes, one torch thread each
+
+.PHONY: quickstart test test-slow check clean
+
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/vlm study quickstart
+
+test: check
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -m slow
+
+check: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --editable .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --editable '.[test]'
+	touch $@ $(VENV)/.installed

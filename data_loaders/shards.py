@@ -1,0 +1,221 @@
+"""WebDataset tar shards in hash order, with an index that finds any example by its place on the hash ring.
+
+A shard folder holds `00000.tar`, `00001.tar`, ... and `index.json` + `index.safetensors`. Each example is two
+adjacent members, `<key>.jpg` (or `.png`) and `<key>.json`. Examples are sorted by a hash of their key over the whole
+folder, so a random subset is a contiguous window and costs only its own bytes (`vlm/supervision/subset.py`).
+The tars are plain WebDataset tars: `webdataset.WebDataset(...)` reads them too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from vlm.errors import UserError
+from vlm.types import Record
+
+FORMAT = 1
+METADATA = ("captions", "labels", "scores", "classes")
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_-]{0,199}")  # no dots: WebDataset splits names at the first one
+
+
+class ShardError(UserError):
+    """A shard folder that is missing, damaged or unsafe. The message names the file and the remedy."""
+
+
+def ring_hash(key: str) -> int:
+    """The place of a key on the hash ring: the first 63 bits of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `index.json` and `index.safetensors` say of a shard folder; arrays have one entry an example."""
+
+    folder: Path
+    shards: tuple[dict[str, Any], ...]  # file, examples, bytes, first_hash, last_hash, sha256
+    hashes: np.ndarray  # int64 [n], ascending
+    shard: np.ndarray  # int32 [n]
+    image_offset: np.ndarray  # int64 [n]: where the image's bytes begin in the tar
+    image_size: np.ndarray  # int32 [n]
+    json_offset: np.ndarray  # int64 [n]
+    json_size: np.ndarray  # int32 [n]
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits that stand for the content of every shard."""
+        return hashlib.sha256("".join(s["sha256"] for s in self.shards).encode()).hexdigest()[:12]
+
+
+ARRAYS = ("hashes", "shard", "image_offset", "image_size", "json_offset", "json_size")
+
+
+def write_shards(records: Iterable[Record], folder: Path, examples_per_shard: int = 4096) -> Index:
+    """Sort records by the hash of their key and write them as shards with an index.
+
+    The folder appears whole or not at all. Keys must be unique and of letters, digits, `_` and `-`.
+    """
+    import webdataset
+
+    ordered = sorted(records, key=lambda record: ring_hash(record.key))
+    _check_keys(ordered, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        shards: list[dict[str, Any]] = []
+        places: list[tuple[int, ...]] = []
+        for start in range(0, max(len(ordered), 1), examples_per_shard):
+            part = ordered[start : start + examples_per_shard]
+            file = partial / f"{len(shards):05d}.tar"
+            with webdataset.TarWriter(str(file), encoder=False, mtime=0.0, user="", group="") as writer:
+                for record in part:
+                    writer.write(_members(record))
+            places += [(len(shards), *place) for place in _member_places(file, part)]
+            shards.append(
+                {
+                    "file": file.name,
+                    "examples": len(part),
+                    "bytes": file.stat().st_size,
+                    "first_hash": ring_hash(part[0].key) if part else 0,
+                    "last_hash": ring_hash(part[-1].key) if part else 0,
+                    "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+                }
+            )
+        columns = np.array(places, dtype=np.int64).reshape(len(ordered), 5)
+        arrays = {
+            "hashes": np.array([ring_hash(record.key) for record in ordered], dtype=np.int64),
+            "shard": columns[:, 0].astype(np.int32),
+            "image_offset": columns[:, 1].copy(),
+            "image_size": columns[:, 2].astype(np.int32),
+            "json_offset": columns[:, 3].copy(),
+            "json_size": columns[:, 4].astype(np.int32),
+        }
+        save_file(arrays, partial / "index.safetensors")
+        header = {"format": FORMAT, "examples": len(ordered), "shards": shards}
+        (partial / "index.json").write_text(json.dumps(header, indent=1))
+        partial.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return open_index(folder)
+
+
+def open_index(folder: Path) -> Index:
+    """Read a shard folder's index; the tars themselves are not opened."""
+    try:
+        header = json.loads((folder / "index.json").read_text())
+        arrays = load_file(folder / "index.safetensors")
+    except FileNotFoundError as error:
+        raise ShardError(f"{folder}: no shards here ({Path(error.filename).name} is missing). Prepare them first") from None
+    except Exception as error:
+        raise ShardError(f"{folder}: the index cannot be read ({error}). Prepare the shards again") from None
+    if header.get("format") != FORMAT:
+        raise ShardError(f"{folder}/index.json: format {header.get('format')} is not {FORMAT}. Prepare the shards again")
+    if set(arrays) != set(ARRAYS) or {len(array) for array in arrays.values()} != {header["examples"]}:
+        raise ShardError(f"{folder}/index.safetensors: does not match index.json. Prepare the shards again")
+    for shard in header["shards"]:
+        if not re.fullmatch(r"[0-9]+\.tar", shard["file"]):
+            raise ShardError(f"{folder}/index.json: shard name {shard['file']!r} is not NUMBER.tar")
+    return Index(folder, tuple(header["shards"]), **arrays)
+
+
+class ShardReader:
+    """Random access to the examples of a shard folder by their position on the hash ring.
+
+    Opens a tar when its first example is asked for and reads only the bytes of that example. Safe to hand to
+    worker processes: open files are not carried over.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self._files: dict[int, int] = {}  # shard number -> file descriptor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"index": self.index, "_files": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    def __getitem__(self, position: int) -> Record:
+        index = self.index
+        metadata = self._read(position, int(index.json_offset[position]), int(index.json_size[position]))
+        image = self._read(position, int(index.image_offset[position]), int(index.image_size[position]))
+        try:
+            values = json.loads(metadata)
+            return Record(values["key"], image, **{name: tuple(values.get(name, ())) for name in METADATA})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ShardError(f"{self._file(position)}: example {position} is damaged ({error})") from None
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[position] for position in range(len(self)))
+
+    def position(self, key: str) -> int:
+        """Where the example of this key lies; KeyError if it is not here."""
+        place = ring_hash(key)
+        at = int(np.searchsorted(self.index.hashes, place))
+        if at < len(self) and int(self.index.hashes[at]) == place:
+            return at
+        raise KeyError(key)
+
+    def _file(self, position: int) -> Path:
+        return self.index.folder / str(self.index.shards[int(self.index.shard[position])]["file"])
+
+    def _read(self, position: int, offset: int, size: int) -> bytes:
+        number = int(self.index.shard[position])
+        if number not in self._files:
+            try:
+                self._files[number] = os.open(self._file(position), os.O_RDONLY)
+            except FileNotFoundError:
+                raise ShardError(f"{self._file(position)}: the index names this shard, but it is missing") from None
+        data = os.pread(self._files[number], size, offset)
+        if len(data) != size:
+            raise ShardError(f"{self._file(position)}: truncated, example {position} ends early. Prepare it again")
+        return data
+
+
+def _check_keys(ordered: list[Record], folder: Path) -> None:
+    for record in ordered:
+        if not KEY_PATTERN.fullmatch(record.key):
+            raise ShardError(f"{folder}: key {record.key!r} must be letters, digits, '_' or '-', 200 at most")
+    for first, second in zip(ordered, ordered[1:], strict=False):
+        if ring_hash(first.key) == ring_hash(second.key):
+            raise ShardError(f"{folder}: keys {first.key!r} and {second.key!r} collide; keys must be unique")
+
+
+def _members(record: Record) -> dict[str, Any]:
+    suffix = "png" if record.image[:4] == b"\x89PNG" else "jpg"
+    metadata = {"key": record.key} | {name: list(getattr(record, name)) for name in METADATA if getattr(record, name)}
+    return {"__key__": record.key, suffix: record.image, "json": json.dumps(metadata, ensure_ascii=False).encode()}
+
+
+def _member_places(file: Path, part: list[Record]) -> Iterator[tuple[int, int, int, int]]:
+    """(image offset, image size, json offset, json size) of each record, as the tar itself says."""
+    import tarfile
+
+    with tarfile.open(file) as tar:
+        members = {member.name: member for member in tar}
+    for record in part:
+        image = members.get(f"{record.key}.png") or members[f"{record.key}.jpg"]
+        metadata = members[f"{record.key}.json"]
+        yield image.offset_data, image.size, metadata.offset_data, metadata.size

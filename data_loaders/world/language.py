@@ -1,0 +1,114 @@
+"""What people and machines say of a scene: captions, and machine labels with their errors."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from data_loaders.world.config import WorldConfig
+from data_loaders.world.scenes import (
+    COLORS,
+    NUMBERS,
+    RELATIONS,
+    SHAPES,
+    Phrase,
+    Scene,
+    Thing,
+    is_related,
+    pick,
+)
+
+MAX_WORDS = 16
+
+
+def caption(scene: Scene, grid: int, rng: np.random.Generator) -> str:
+    """A true sentence about some or all of the scene, of at most `MAX_WORDS` words.
+
+    Its numbers are exact, and so is the article: "a red circle" says that there is one red circle, unless a relation
+    or a place follows, which then holds of at least one.
+    """
+    chance = rng.random()
+    if chance < 0.35 and (said := _relation(scene, rng)):
+        text = said
+    elif chance < 0.6:
+        text = _places(scene, grid, rng)
+    else:
+        text = _listing(scene, rng)
+    introductions = ["", "", "the image contains "]
+    if " is " not in text:
+        plural = text.split()[0] in NUMBERS
+        introductions += ["there are " if plural else "there is ", "a picture of "]
+    fitting = [words for words in introductions if len((words + text).split()) <= MAX_WORDS]
+    return pick(rng, fitting if " is " not in text else [""]) + text
+
+
+def _groups(scene: Scene, rng: np.random.Generator) -> list[Phrase]:
+    """The distinct colored shapes of the scene in random order."""
+    phrases = list(dict.fromkeys(Phrase(thing.shape, thing.color) for thing in scene.things))
+    return [phrases[place] for place in rng.permutation(len(phrases))]
+
+
+def _listing(scene: Scene, rng: np.random.Generator) -> str:
+    """ "two red circles and a blue square": counted groups; sometimes a group by its shape or its color alone."""
+    phrases = _groups(scene, rng)
+    length = min(len(phrases), 4 if rng.random() < 0.5 else int(rng.integers(1, 4)))
+    if rng.random() < 0.25:
+        thing = pick(rng, scene.things)
+        coarse = Phrase(shape=thing.shape) if rng.random() < 0.5 else Phrase(color=thing.color)
+        others = [phrase for phrase in phrases if coarse.shape != phrase.shape and coarse.color != phrase.color]
+        phrases = [coarse, *others]
+        length = min(length, len(phrases))
+    return " and ".join(phrase.counted(scene.count(phrase)) for phrase in phrases[:length])
+
+
+def _relation(scene: Scene, rng: np.random.Generator) -> str | None:
+    """ "a red circle left of a blue square", where two differently named things allow it."""
+    order = rng.permutation(len(scene.things))
+    for first, second in pairwise(order):
+        thing, anchor = scene.things[first], scene.things[second]
+        relations = [relation for relation in RELATIONS if is_related(relation, thing, anchor)]
+        if thing.name == anchor.name or not relations:
+            continue
+        others = [phrase for phrase in _groups(scene, rng) if str(phrase) not in (thing.name, anchor.name)]
+        verb = "is " if rng.random() < 0.3 else ""
+        text = f"a {thing.name} {verb}{pick(rng, relations)} a {anchor.name}"
+        if others and not verb and rng.random() < 0.35:
+            text += f" and {others[0].counted(scene.count(others[0]))}"
+        return text
+    return None
+
+
+def _places(scene: Scene, grid: int, rng: np.random.Generator) -> str:
+    """ "a red circle in the top left and a white ring in the center"."""
+    things = [scene.things[place] for place in rng.permutation(len(scene.things))[: int(rng.integers(1, 3))]]
+    return " and ".join(f"a {thing.name} in the {place_name(thing, grid)}" for thing in things)
+
+
+def place_name(thing: Thing, grid: int) -> str:
+    """The outermost rows and columns have names ("top left", "right"); what lies between them is the "center"."""
+    row = "top" if thing.row == 0 else "bottom" if thing.row == grid - 1 else ""
+    column = "left" if thing.column == 0 else "right" if thing.column == grid - 1 else ""
+    return f"{row} {column}".strip() or "center"
+
+
+def machine_labels(scene: Scene, config: WorldConfig, rng: np.random.Generator) -> list[tuple[str, float]]:
+    """Names of the distinct things with scores in (0, 1), best first. No counts, no relations, and some errors.
+
+    Each true name is wrong at rate `label_noise`: missed, or one attribute confused, equally often. At the same rate
+    an image gets one name that nothing gave rise to.
+    """
+    names = scene.names
+    labels: dict[str, float] = {}
+    for name in names:
+        if rng.random() >= config.label_noise:
+            labels[name] = float(rng.beta(8, 2))
+        elif rng.random() < 0.5:
+            color, shape = name.split()
+            alike = [f"{color} {other}" for other in SHAPES] + [f"{other} {shape}" for other in COLORS]
+            labels[pick(rng, [label for label in alike if label not in names])] = float(rng.beta(4, 4))
+    if rng.random() < config.label_noise:
+        absent = [f"{color} {shape}" for color in COLORS for shape in SHAPES if f"{color} {shape}" not in names]
+        labels.setdefault(pick(rng, absent), float(rng.beta(4, 4)))
+    scored = [(name, round(min(max(score, 0.001), 0.999), 3)) for name, score in labels.items()]
+    return sorted(scored, key=lambda pair: (-pair[1], pair[0]))

@@ -1,0 +1,147 @@
+"""Runs give the same numbers again: same seed, killed and resumed, two ranks or one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import vlm
+from vlm.config import dump_yaml
+from vlm.run import CONFIG, LAST, RunConfig, read_checkpoint, train
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.value for event in events.Scalars(name)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    states: dict[str, torch.Tensor] = read_checkpoint(folder, LAST)["state_dict"]
+    return states
+
+
+def assert_same_weights(first: Path, second: Path, tolerance: float = 0.0) -> None:
+    left, right = weights(first), weights(second)
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_same_seed_twice_gives_identical_losses(make_config: MakeConfig) -> None:
+    options = ("trainer.samples=160", "trainer.log_every_steps=1", "data.augmentation=randaugment")
+    folders = [train(make_config("pretrain", *options, folder=name)) for name in ("first", "second")]
+    losses = [logged(folder, "train/loss") for folder in folders]
+    assert len(losses[0]) == 10
+    assert losses[0] == losses[1]
+
+
+def test_another_seed_gives_other_losses(make_config: MakeConfig) -> None:
+    options = ("trainer.samples=32", "trainer.log_every_steps=1")
+    folders = [train(make_config("pretrain", *options, f"seed={seed}", folder=f"seed-{seed}")) for seed in (0, 1)]
+    assert logged(folders[0], "train/loss") != logged(folders[1], "train/loss")
+
+
+def start_in_subprocess(config: RunConfig) -> subprocess.Popen[bytes]:
+    folder = config.run_folder
+    folder.mkdir(parents=True)
+    (folder / CONFIG).write_text(dump_yaml(config))
+    command = [sys.executable, "-m", "vlm.cli", "train", str(folder)]
+    with (folder / "log.txt").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_a_run_killed_in_the_middle_of_a_pass_ends_with_the_same_weights(make_config: MakeConfig, name: str) -> None:
+    """Pass length: 4 steps of 16; the checkpoint that the run resumes from lies inside one."""
+    options = ("trainer.samples=960", "trainer.checkpoint_every_steps=7", "trainer.select=last")
+    whole = train(make_config(name, *options, folder="whole"))
+    config = make_config(name, *options, folder="killed")
+    process = start_in_subprocess(config)
+    last = config.run_folder / LAST
+    deadline = time.monotonic() + 120
+    while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert last.is_file(), (config.run_folder / "log.txt").read_text()
+    assert 0 < read_checkpoint(config.run_folder, LAST)["global_step"] < 60
+    train(config)
+    assert_same_weights(whole, config.run_folder)
+
+
+def test_a_finished_run_is_left_alone(make_config: MakeConfig) -> None:
+    config = make_config("pretrain", "trainer.samples=16")
+    folder = train(config)
+    before = (folder / LAST).stat().st_mtime_ns
+    assert train(config) == folder
+    assert (folder / LAST).stat().st_mtime_ns == before
+
+
+def test_two_ranks_equal_one_with_twice_the_accumulation(make_config: MakeConfig) -> None:
+    options = ("trainer.samples=96", "trainer.select=last")
+    alone = train(make_config("pretrain", *options, "trainer.accumulate=2", folder="alone"))
+    two = make_config("pretrain", *options, "trainer.devices=2", "trainer.strategy=ddp", folder="two")
+    process = start_in_subprocess(two)
+    assert process.wait(timeout=240) == 0, (two.run_folder / "log.txt").read_text()
+    assert_same_weights(alone, two.run_folder, tolerance=1e-5)
+
+
+def test_a_fraction_of_zero_hands_on_the_initial_model(make_config: MakeConfig) -> None:
+    folders = [
+        train(make_config("pretrain", "trainer.samples=32", f"supervision.fraction={fraction}", folder=str(fraction)))
+        for fraction in (0, 1)
+    ]
+    assert read_checkpoint(folders[0], LAST)["global_step"] == 0
+    name = "model.fusion.text_norm.weight"
+    assert torch.equal(weights(folders[0])[name], torch.ones(32))
+    assert not torch.equal(weights(folders[1])[name], torch.ones(32))
+
+
+@pytest.mark.parametrize("task", ["vqav2", "gqa", "nlvr2"])
+def test_a_finetuned_run_loads_and_answers_as_it_was_scored(make_config: MakeConfig, task: str) -> None:
+    import json
+
+    from vlm.tasks.task import Task
+
+    config = make_config("finetune", f"task={task}", "trainer.samples=64")
+    folder = train(config)
+    result = json.loads((folder / "result.json").read_text())
+    loaded = vlm.load(folder)
+    assert isinstance(config.task, Task)
+    root = config.data.prepare(progress=False)
+    questions = config.task.read(root, "test")
+    from data_loaders.shards import ShardReader, open_index
+
+    reader = ShardReader(open_index(root / task / "images"))
+    images = [[reader[reader.position(key)].image for key in question.image_keys] for question in questions]
+    flat = images if task == "nlvr2" else [group[0] for group in images]
+    answers = loaded.answer(flat, [question.text for question in questions])
+    predictions = {question.id: next(iter(answer)) for question, answer in zip(questions, answers, strict=True)}
+    assert config.task.score(questions, predictions)["accuracy"] == pytest.approx(result["scores"]["accuracy"])
+    assert all(list(answer.values()) == sorted(answer.values(), reverse=True) for answer in answers)
+
+
+def test_a_loaded_model_encodes_pictures_with_texts(make_config: MakeConfig) -> None:
+    from PIL import Image
+
+    loaded = vlm.load(train(make_config("pretrain", "trainer.samples=16")))
+    encoded = loaded.encode([Image.new("RGB", (80, 60), "red")], ["a red circle"])
+    assert encoded.text is not None and encoded.image is not None and encoded.pooled is not None
+    assert encoded.text.shape == (1, 5, 32)
+    assert encoded.image.shape == (1, 10, 32)
+    assert encoded.pooled.shape == (1, 64)
+    again = loaded.encode([Image.new("RGB", (80, 60), "red")], ["a red circle"])
+    assert again.pooled is not None
+    assert torch.equal(encoded.pooled, again.pooled)

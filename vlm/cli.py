@@ -1,0 +1,158 @@
+"""The `vlm` command. Every knob is a `key=value` override; the work of a verb is imported when the verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from vlm.run import RunConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit status: 0, 2 for what the user can mend, 130 for ctrl-C."""
+    sys.path.append(os.getcwd())  # `type: custom` finds classes beside the user; last, so that they shadow nothing
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no more positionals once an option came between: `vlm train pretrain --config-dir mine seed=3`.
+    if any(text.startswith("-") for text in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if "overrides" in options:
+        options.overrides += rest
+    try:
+        options.verb(options)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `vlm show pretrain | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vlm", description="How much image-text supervision does a model need?")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, work: Callable[[argparse.Namespace], None], help_line: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=help_line, description=help_line)
+        added.set_defaults(verb=work)
+        return added
+
+    show = verb("show", _show, "Print a config as it would run, the number of parameters and the fingerprint.")
+    show.add_argument("config", metavar="CONFIG", help="the name of a config, such as pretrain")
+
+    train = verb("train", _train, "Train a config, or resume a run.")
+    train.add_argument("config", metavar="CONFIG|RUN_FOLDER", help="the name of a config, or the folder of a run")
+
+    evaluate = verb("evaluate", _evaluate, "Write a run's predictions and scores.")
+    evaluate.add_argument("run", type=Path, metavar="RUN_FOLDER")
+
+    study = verb("study", _study, "Run a grid of runs, and draw its curve.")
+    study.add_argument("study", metavar="NAME", help="a study under experiments/, or the path of a study.yaml")
+    study.add_argument("--folder", type=Path, metavar="DIR", help="where the runs and the curve go")
+    study.add_argument("--jobs", type=int, metavar="N", help="how many runs go at a time")
+
+    for each in (show, train, study):
+        each.add_argument(
+            "--config-dir", type=Path, metavar="DIR", help="a folder of configs, searched before the packaged ones"
+        )
+
+    prepare = verb("prepare", _prepare, "Write a data root: the procedural world, or emoji with their captions.")
+    prepare.add_argument("data", choices=("world", "emoji"))
+    prepare.add_argument("--to", type=Path, metavar="DIR", required=True, help="replaced if it is there")
+
+    for each in (show, train, evaluate, study, prepare):
+        each.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as seed=3 or data=world")
+    return parser
+
+
+def _compose(options: argparse.Namespace) -> RunConfig:
+    from vlm.config import compose
+    from vlm.run import RunConfig
+
+    return compose(options.config, options.overrides, RunConfig, options.config_dir)
+
+
+def _show(options: argparse.Namespace) -> None:
+    config = _compose(options)
+
+    from rich.console import Console
+    from rich.syntax import Syntax
+    from rich.table import Table
+
+    from vlm.config import dump_yaml, fingerprint
+    from vlm.run import count_parameters
+
+    console = Console()
+    if console.is_terminal:
+        console.print(Syntax(dump_yaml(config), "yaml", background_color="default", word_wrap=True))
+    else:
+        print(dump_yaml(config), end="")
+    counts = count_parameters(config)
+    if console.is_terminal:
+        table = Table("component", title="parameters", title_justify="left")
+        table.add_column("number", justify="right")
+        for component, count in counts.items():
+            table.add_row(component, f"{count:,}")
+        console.print(table)
+        console.print(f"fingerprint [bold]{fingerprint(config)}[/bold]")
+    else:  # comments, so that the output stays a YAML file
+        for component, count in counts.items():
+            print(f"# parameters {component}: {count:,}")
+        print(f"# fingerprint: {fingerprint(config)}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from vlm.config import available_configs
+
+    # The name of a config wins over a folder of the same name; `./pretrain` is the folder.
+    if Path(options.config).is_dir() and options.config not in available_configs(options.config_dir):
+        if options.overrides:
+            raise UserError(f"{options.config}: a run resumes as it began, without {' '.join(options.overrides)}")
+        from vlm.run import resume
+
+        resume(Path(options.config))
+        return
+    config = _compose(options)
+    from vlm.run import train
+
+    train(config)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from vlm.evaluation import evaluate_run
+
+    evaluate_run(options.run, options.overrides)
+
+
+def _study(options: argparse.Namespace) -> None:
+    from vlm.studies.run import run_study
+
+    run_study(options.study, options.folder, options.jobs, options.overrides, options.config_dir)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from vlm.config import compose
+
+    if options.data == "world":
+        from data_loaders.world import WorldConfig, write_world
+
+        write_world(compose(None, options.overrides, WorldConfig), options.to, progress=True)
+    else:
+        from data_loaders.prepare.emoji import EmojiConfig, write_emoji
+
+        write_emoji(compose(None, options.overrides, EmojiConfig), options.to, progress=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

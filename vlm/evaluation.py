@@ -1,0 +1,166 @@
+"""From a model and a task's official files to predictions and scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+from jaxtyping import Float
+from rich.progress import track
+from torch import Tensor
+
+from data_loaders.loader import evaluation_loader
+from vlm.models.language.tokenizer import Tokenizer
+from vlm.models.vision_language import VisionLanguageModel
+from vlm.run import image_transform, load_component, question_batches, read_checkpoint
+from vlm.tasks.retrieval import RetrievalTask, retrieval_scores
+from vlm.tasks.task import Task
+from vlm.training.finetuning import Finetuning, answer_logits
+from vlm.training.module import TrainingModule
+from vlm.types import View
+
+if TYPE_CHECKING:
+    from vlm.run import RunConfig
+
+T = TypeVar("T")
+
+
+def evaluate_answers(config: RunConfig, root: Path, module: TrainingModule, tokenizer: Tokenizer) -> dict[str, float]:
+    """Answer every question of the evaluation split, write the official predictions file, and score it.
+
+    The selected checkpoint answers. Beside the scores stands `question_prior`: what the most frequent training
+    answers to the same questions would score, without a picture. Under DDP the ranks share the questions.
+    """
+    task = cast(Task, config.task)
+    assert isinstance(module, Finetuning)
+    _load_selected(module, config)
+    questions = task.read(root, task.evaluation_split)
+    transform = image_transform(config, module.model, training=False)
+    source = question_batches(task, root, questions, module.answers, transform, tokenizer)
+    rank, world_size = _rank()
+    loader = evaluation_loader(
+        source, config.trainer.evaluation_batch_size, rank, world_size, config.data.num_workers
+    )
+    device = _device()
+    module.to(device).eval()
+    predictions: dict[str, str] = {}
+    with torch.inference_mode():
+        for batch in _bar(loader, f"answering {task.type} {task.evaluation_split}", config.trainer.progress):
+            batch = module.transfer_batch_to_device(batch, device, 0)
+            best = answer_logits(module.model, module.head, batch).argmax(-1).tolist()
+            predictions |= {key: module.answers[number] for key, number in zip(batch.keys, best, strict=True)}
+    predictions = _gather(predictions)
+    if rank == 0:
+        file = config.run_folder / f"predictions-{task.type}-{task.evaluation_split}.json"
+        task.write_predictions(file, questions, predictions)
+    prior = task.question_prior(task.train_questions(root), questions)
+    scores = task.score(questions, predictions)
+    return scores | {"question_prior": task.score(questions, prior)[task.headline]}
+
+
+def evaluate_retrieval(
+    config: RunConfig, root: Path, model: VisionLanguageModel, tokenizer: Tokenizer
+) -> dict[str, float]:
+    """Rank all images for each text and all texts for each image by the matching head of `start_from`."""
+    from data_loaders.shards import ShardReader, open_index
+    from vlm.errors import UserError
+
+    task = cast(RetrievalTask, config.task)
+    if config.start_from is None:
+        raise UserError("task=retrieval: start_from must name a pretraining run with a matching objective")
+    head = torch.nn.Linear(2 * model.width, 2)
+    load_component(head, config.start_from, "objectives.matching.head")
+    device = _device()
+    model.to(device).eval()
+    head.to(device)
+    transform = image_transform(config, model, training=False)
+    scores: dict[str, float] = {}
+    for name in task.sets:
+        questions = task.read(root, name)
+        reader = ShardReader(open_index(root / "retrieval" / f"{name}_images"))
+        images = torch.stack(
+            [transform(reader[reader.position(q.image_keys[0])].image, q.image_keys[0]) for q in questions]
+        )
+        matches = match_matrix(model, head, images, [q.text for q in questions], tokenizer, config)
+        own = matches.diagonal()
+        ranks = {
+            "text_to_image": (matches > own[:, None]).sum(1).tolist(),
+            "image_to_text": (matches > own[None, :]).sum(0).tolist(),
+        }
+        scores |= {f"{name}/{metric}": value for metric, value in retrieval_scores(ranks).items()}
+        scores[f"{name}/chance"] = 100 / len(questions)
+    scores[task.headline] = scores[f"{task.sets[0]}/{task.headline}"]
+    return scores
+
+
+def match_matrix(
+    model: VisionLanguageModel,
+    head: torch.nn.Module,
+    images: Tensor,
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    config: RunConfig,
+) -> Float[Tensor, "texts images"]:
+    """Log-odds that each text matches each image. Every image and text is encoded once; the fusion sees all pairs."""
+    size, device = config.trainer.evaluation_batch_size, next(model.parameters()).device
+    rows = []
+    with torch.inference_mode():
+        image_states = torch.cat([model.encode_image(part.to(device)) for part in images.split(size)])
+        for start in _bar(range(0, len(texts)), "matching", config.trainer.progress):
+            ids, mask, _ = tokenizer(texts[start : start + 1])
+            text_states = model.encode_text(ids.to(device), mask.to(device))
+            row = [
+                head(model.fuse_all(part, text_states, mask.to(device))) for part in image_states.split(size)
+            ]
+            logits = torch.cat(row)
+            rows.append((logits[:, 1] - logits[:, 0]).float().cpu())
+    return torch.stack(rows)
+
+
+def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Score a fine-tuned run again from its checkpoint, on the split that its config or `overrides` name."""
+    from vlm.run import CONFIG, build_finetuning, build_model, build_tokenizer, config_with
+    from vlm.run import RunConfig as RunConfig_
+    from vlm.config import load_yaml
+
+    config = config_with(load_yaml(folder / CONFIG, RunConfig_), overrides).model_copy(update={"folder": folder})
+    root = config.data.prepare()
+    tokenizer, model = build_tokenizer(config, root), build_model(config)
+    if isinstance(config.task, RetrievalTask):
+        return evaluate_retrieval(config, root, model, tokenizer)
+    module, _, _ = build_finetuning(config, root, model, tokenizer)
+    return evaluate_answers(config, root, module, tokenizer)
+
+
+def _load_selected(module: TrainingModule, config: RunConfig) -> None:
+    """The weights of the best checkpoint, if the run keeps one, else of the last."""
+    from vlm.run import BEST, LAST
+
+    chosen = BEST if config.trainer.select == "best" and (config.run_folder / BEST).is_file() else LAST
+    module.load_state_dict(read_checkpoint(config.run_folder, chosen)["state_dict"])
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _rank() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _gather(predictions: dict[str, str]) -> dict[str, str]:
+    """The predictions of all ranks; a question that two ranks answered counts once."""
+    if _rank()[1] == 1:
+        return predictions
+    parts: list[dict[str, str] | None] = [None] * _rank()[1]
+    torch.distributed.all_gather_object(parts, predictions)
+    return {key: answer for part in parts if part for key, answer in part.items()}
+
+
+def _bar(items: Iterable[T], description: str, shown: bool) -> Iterator[T]:
+    return iter(track(items, description, disable=not shown))

@@ -1,0 +1,1 @@
+"""Scores as the authors of each benchmark define them. Plain functions over plain data; no torch."""

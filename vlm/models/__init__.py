@@ -1,0 +1,28 @@
+"""The model's configuration. Modules live beside their configs and are imported only when built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vlm.config import Config
+from vlm.models.fusion import CoAttentionConfig, FusionConfig
+from vlm.models.language import LanguageConfig, TransformersLanguageConfig
+from vlm.models.vision import TimmVisionConfig, VisionConfig
+
+if TYPE_CHECKING:
+    from vlm.models.vision_language import VisionLanguageModel
+
+
+class ModelConfig(Config):
+    """Two encoders and what joins them. The defaults are the reference paper's encoders with METER's fusion."""
+
+    vision: VisionConfig = TimmVisionConfig()
+    language: LanguageConfig = TransformersLanguageConfig()
+    fusion: FusionConfig = CoAttentionConfig()
+
+    def build(self) -> VisionLanguageModel:
+        """The model with fresh or pretrained encoders and a fresh fusion; `weights` of other runs are not yet in."""
+        from vlm.models.vision_language import VisionLanguageModel
+
+        frozen = frozenset(name for name in ("vision", "language") if getattr(getattr(self, name), "frozen", False))
+        return VisionLanguageModel(self.vision.build(), self.language.build(), self.fusion.build(), frozen)

@@ -1,0 +1,66 @@
+"""Language encoders: token ids and mask -> token states, CLS first. Each comes with its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from vlm.config import Config, CustomConfig, RunReference
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlm.models.language.tokenizer import Tokenizer
+
+
+class TinyLanguageConfig(Config):
+    """Our own small text encoder (`tiny.py`), over whole words of the data's unpaired texts."""
+
+    type: Literal["tiny"] = "tiny"
+    width: PositiveInt = 128
+    depth: PositiveInt = 2
+    num_heads: PositiveInt = 4
+    vocabulary_size: PositiveInt = 256
+    max_tokens: PositiveInt = 32
+    weights: RunReference | None = None  # a run folder whose language encoder and tokenizer are taken
+    frozen: bool = False
+
+    def build(self) -> nn.Module:
+        from vlm.models.language.tiny import TinyLanguage
+
+        return TinyLanguage(self.width, self.depth, self.num_heads, self.vocabulary_size, self.max_tokens)
+
+    def build_tokenizer(self, texts: Path) -> Tokenizer:
+        """The tokenizer of `weights`, else whole words counted over `texts` (a file, one text a line)."""
+        from vlm.models.language.tokenizer import Tokenizer
+
+        if self.weights is not None:
+            return Tokenizer.from_file(self.weights / "tokenizer.json", self.max_tokens)
+        return Tokenizer.from_words(texts, self.vocabulary_size, self.max_tokens)
+
+
+class TransformersLanguageConfig(Config):
+    """Any transformers encoder (`transformers.py`). `weights`: a folder, a run folder, or `package:IMPORT_NAME`."""
+
+    type: Literal["transformers"] = "transformers"
+    name: str = "roberta-base"
+    pretrained: bool = True
+    weights: RunReference | None = None
+    max_tokens: PositiveInt = 50  # METER's length, arXiv 2111.02387, appendix
+    frozen: bool = False
+
+    def build(self) -> nn.Module:
+        from vlm.models.language.transformers import TransformersLanguage
+
+        return TransformersLanguage(self.name, self.pretrained, self.weights)
+
+    def build_tokenizer(self, texts: Path) -> Tokenizer:
+        from vlm.models.language.tokenizer import Tokenizer
+        from vlm.models.language.transformers import load_tokenizer
+
+        return Tokenizer(load_tokenizer(self.name, self.weights), self.max_tokens)
+
+
+LanguageConfig = Annotated[TinyLanguageConfig | TransformersLanguageConfig | CustomConfig, Field(discriminator="type")]

@@ -1,0 +1,80 @@
+"""Texts to padded token ids, by the `tokenizers` library: one class for whole words and for pretrained models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from vlm.errors import UserError
+
+PAD, CLS, SEP, MASK, UNKNOWN = "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"
+SPELLINGS = {PAD: "<pad>", CLS: "<s>", SEP: "</s>", MASK: "<mask>"}  # how RoBERTa writes the same tokens
+
+
+class Tokenizer:
+    """A fast tokenizer with the special tokens of a masked language model.
+
+    Every text becomes `CLS words SEP`, cut to `max_tokens` and padded to the longest of its batch.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, max_tokens: int) -> None:
+        self.backend = backend
+        self.max_tokens = max_tokens
+        self.pad_id, self.cls_id, self.sep_id, self.mask_id = (
+            self._special_id(token) for token in (PAD, CLS, SEP, MASK)
+        )
+        self.vocabulary_size = backend.get_vocab_size()
+        backend.enable_truncation(max_tokens)
+        backend.enable_padding(pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
+
+    @classmethod
+    def from_words(cls, texts: Path, vocabulary_size: int, max_tokens: int) -> Tokenizer:
+        """Whole lower-case words, the most frequent first; words out of the vocabulary become `[UNK]`."""
+        from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+
+        if not texts.is_file():
+            raise UserError(f"{texts}: no such file; the tiny language encoder takes its words from unpaired texts")
+        backend = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+        backend.normalizer = normalizers.BertNormalizer()
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        special = [PAD, CLS, SEP, MASK, UNKNOWN]
+        trainer = trainers.WordLevelTrainer(vocab_size=vocabulary_size, special_tokens=special, show_progress=False)
+        backend.train([str(texts)], trainer)
+        backend.post_processor = processors.BertProcessing((SEP, special.index(SEP)), (CLS, special.index(CLS)))
+        return cls(backend, max_tokens)
+
+    @classmethod
+    def from_file(cls, file: Path, max_tokens: int) -> Tokenizer:
+        """Read `tokenizer.json` as `save` or the transformers library wrote it."""
+        try:
+            return cls(tokenizers.Tokenizer.from_str(file.read_text()), max_tokens)
+        except OSError:
+            raise UserError(f"{file}: no such tokenizer file. Is this the folder of a finished run?") from None
+
+    def save(self, file: Path) -> None:
+        file.write_text(self.backend.to_str(pretty=True))
+
+    def __call__(
+        self, texts: Sequence[str]
+    ) -> tuple[Int[Tensor, "n l"], Bool[Tensor, "n l"], Bool[Tensor, "n l"]]:
+        """Ids, mask (True at real tokens) and special mask (True at CLS, SEP and padding) of a batch of texts."""
+        encodings = self.backend.encode_batch(list(texts))
+        ids = torch.tensor([encoding.ids for encoding in encodings])
+        mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
+        special = torch.tensor([encoding.special_tokens_mask for encoding in encodings], dtype=torch.bool)
+        return ids, mask, special
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode(list(ids))
+
+    def _special_id(self, token: str) -> int:
+        for spelling in (token, SPELLINGS[token]):
+            number = self.backend.token_to_id(spelling)
+            if number is not None:
+                return int(number)
+        raise UserError(f"the tokenizer has no {token} or {SPELLINGS[token]} token; masked language modelling needs it")

@@ -1,0 +1,90 @@
+"""Attention, feed-forward and initialisation shared by the tiny encoders and the fusion modules."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    """Multi-head scaled-dot-product attention from `x` to `context` (self-attention where they are the same)."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width must be a multiple of num_heads. Got {width} and {num_heads}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b q d"],
+        context: Float[Tensor, "b c d"],
+        context_mask: Bool[Tensor, "b c"] | None = None,
+    ) -> Float[Tensor, "b q d"]:
+        query = self._heads(self.query(x))
+        key, value = (self._heads(part) for part in self.key_value(context).chunk(2, dim=-1))
+        mask = None if context_mask is None else context_mask[:, None, None, :]
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return self.output(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # nn.Module.__call__
+
+    def _heads(self, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b heads s e"]:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU, Linear, four times as wide inside."""
+
+    def __init__(self, width: int, dropout: float = 0.0) -> None:
+        super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width))
+
+
+class Residual(nn.Module):
+    """One residual branch with its layer norm: `x + f(norm(x))` pre-norm, `norm(x + f(x))` post-norm."""
+
+    def __init__(self, width: int, branch: nn.Module, pre_norm: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.branch = branch
+        self.pre_norm = pre_norm
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b q d"],
+        context: Float[Tensor, "b c d"] | None = None,
+        context_mask: Bool[Tensor, "b c"] | None = None,
+    ) -> Float[Tensor, "b q d"]:
+        """Without `context`, attention branches attend to `x` itself (self-attention)."""
+        inner = self.norm(x) if self.pre_norm else x
+        if isinstance(self.branch, Attention):
+            branch = self.branch(inner, inner if context is None else context, context_mask)
+        else:
+            branch = self.branch(inner)
+        summed = x + self.dropout(branch)
+        return summed if self.pre_norm else self.norm(summed)
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention and feed-forward: the block of the tiny encoders."""
+
+    def __init__(self, width: int, num_heads: int, pre_norm: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.self_attention = Residual(width, Attention(width, num_heads, dropout), pre_norm, dropout)
+        self.feed_forward = Residual(width, FeedForward(width, dropout), pre_norm, dropout)
+
+    def forward(self, x: Float[Tensor, "b q d"], mask: Bool[Tensor, "b q"] | None = None) -> Float[Tensor, "b q d"]:
+        return self.feed_forward(self.self_attention(x, None, mask))  # type: ignore[no-any-return]
+
+
+def initialise(module: nn.Module, std: float = 0.02) -> None:
+    """Truncated-normal weights and zero biases, as BERT and ViT start (`module.apply(initialise)`)."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,52 @@
+"""Vision encoders: uint8 pixels normalised by the model's own mean and std -> token states, CLS first.
+
+The variants are listed here and nowhere else. Torch is imported only when one is built.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from vlm.config import Config, CustomConfig, RunReference
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class TinyVisionConfig(Config):
+    """Our own small ViT (`tiny.py`), trained from nothing or from another run's `weights`."""
+
+    type: Literal["tiny"] = "tiny"
+    width: PositiveInt = 128
+    depth: PositiveInt = 3
+    num_heads: PositiveInt = 4
+    patch_size: PositiveInt = 16
+    image_pixels: PositiveInt = 48
+    weights: RunReference | None = None  # a run folder whose vision encoder is taken
+    frozen: bool = False
+
+    def build(self) -> nn.Module:
+        from vlm.models.vision.tiny import TinyVision
+
+        return TinyVision(self.width, self.depth, self.num_heads, self.patch_size, self.image_pixels)
+
+
+class TimmVisionConfig(Config):
+    """Any timm model with features (`timm.py`). `weights`: a file, a run folder, or `package:IMPORT_NAME`."""
+
+    type: Literal["timm"] = "timm"
+    name: str = "vit_base_patch16_224.augreg_in21k"
+    pretrained: bool = True
+    weights: RunReference | None = None
+    image_pixels: PositiveInt | None = None  # None: the size the model was pretrained at
+    frozen: bool = False
+
+    def build(self) -> nn.Module:
+        from vlm.models.vision.timm import TimmVision
+
+        return TimmVision(self.name, self.pretrained, self.image_pixels, self.weights)
+
+
+VisionConfig = Annotated[TinyVisionConfig | TimmVisionConfig | CustomConfig, Field(discriminator="type")]

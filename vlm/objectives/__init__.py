@@ -1,0 +1,66 @@
+"""Pretraining objectives. Each says which views of a batch it wants encoded, and turns them into a loss.
+
+The variants are listed here and nowhere else. Torch is imported only when one is built.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat
+
+from vlm.config import Config, CustomConfig
+
+if TYPE_CHECKING:
+    from vlm.models.language.tokenizer import Tokenizer
+    from vlm.models.vision_language import VisionLanguageModel
+    from vlm.objectives.objective import Objective
+
+
+class MaskedLanguageConfig(Config):
+    """Predict masked tokens (`masked_language.py`) from the picture too, or from the text alone."""
+
+    type: Literal["masked_language"] = "masked_language"
+    weight: NonNegativeFloat = 1.0
+    mask_fraction: float = Field(0.15, gt=0, lt=1)
+    with_image: bool = True
+
+    def build(self, model: VisionLanguageModel, tokenizer: Tokenizer, classes: tuple[str, ...]) -> Objective:
+        from vlm.objectives.masked_language import MaskedLanguage
+
+        return MaskedLanguage(self, model, tokenizer)
+
+
+class MatchingConfig(Config):
+    """Tell matched from mismatched image-text pairs (`matching.py`).
+
+    `negatives`: `in_batch` shuffles whose image goes with which text inside the batch; `random` draws another image
+    of the data for each negative, as published, at the price of its pass through the vision encoder.
+    """
+
+    type: Literal["matching"] = "matching"
+    weight: NonNegativeFloat = 1.0
+    negatives: Literal["in_batch", "random"] = "in_batch"
+    negative_fraction: float = Field(0.5, gt=0, lt=1)
+
+    def build(self, model: VisionLanguageModel, tokenizer: Tokenizer, classes: tuple[str, ...]) -> Objective:
+        from vlm.objectives.matching import Matching
+
+        return Matching(self, model)
+
+
+class ImageClassesConfig(Config):
+    """Name the classes of an image (`image_classes.py`): supervised pretraining of the vision encoder alone."""
+
+    type: Literal["image_classes"] = "image_classes"
+    weight: NonNegativeFloat = 1.0
+
+    def build(self, model: VisionLanguageModel, tokenizer: Tokenizer, classes: tuple[str, ...]) -> Objective:
+        from vlm.objectives.image_classes import ImageClasses
+
+        return ImageClasses(model, classes)
+
+
+ObjectiveConfig = Annotated[
+    MaskedLanguageConfig | MatchingConfig | ImageClassesConfig | CustomConfig, Field(discriminator="type")
+]

@@ -1,0 +1,56 @@
+"""Image-text matching: is this the text of this image?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlm.models.vision_language import VisionLanguageModel
+from vlm.objectives.objective import Objective
+from vlm.types import Batch, Encoded, Loss, View
+
+if TYPE_CHECKING:
+    from vlm.objectives import MatchingConfig
+
+
+class Matching(Objective):
+    """Cross-entropy over matched and mismatched pairs; the text is whole, not masked.
+
+    In-batch negatives give a text the image of another example of the same micro-batch, so no image is encoded twice.
+    They stay inside the micro-batch: a uniform draw from the ranks' union has the same distribution, and a run on
+    one process then equals a run on several. `random` negatives are extra images that the loader appends to the batch.
+    """
+
+    def __init__(self, config: MatchingConfig, model: VisionLanguageModel) -> None:
+        super().__init__()
+        self.config = config
+        self.head = nn.Linear(2 * model.width, 2)
+
+    def view(self, batch: Batch) -> View:
+        assert batch.text_ids is not None and batch.image is not None
+        count, device = len(batch.text_ids), batch.text_ids.device
+        num_negatives = round(self.config.negative_fraction * count) if count > 1 else 0
+        chosen = torch.randperm(count, device=device)[:num_negatives]
+        image_index = torch.arange(count, device=device)
+        if len(batch.image) > count:  # the loader drew an extra image for each negative
+            image_index[chosen] = torch.arange(count, count + num_negatives, device=device)
+        else:
+            image_index[chosen] = (chosen + torch.randint(1, max(count, 2), chosen.shape, device=device)) % count
+        matched = image_index == torch.arange(count, device=device)
+        matched |= _same_key(batch, image_index)
+        return View("pair", batch.text_ids, batch.text_mask, image_index=image_index, targets={"matched": matched})
+
+    def loss(self, view: View, encoded: Encoded) -> Loss:
+        logits, matched = self.head(encoded.pooled).float(), view.targets["matched"].long()
+        accuracy = (logits.argmax(-1) == matched).float().mean()
+        return Loss(F.cross_entropy(logits, matched), len(matched), {"accuracy": accuracy})
+
+
+def _same_key(batch: Batch, image_index: Tensor) -> Tensor:
+    """True where the drawn image is the text's own: a small subset can hold an example twice in one batch."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(batch.keys))}
+    keys = torch.tensor([numbers[key] for key in batch.keys], device=image_index.device)
+    return keys[image_index] == keys[: len(image_index)]

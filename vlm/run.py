@@ -1,0 +1,424 @@
+"""One run: a frozen value, and the function that turns it into objects, steps and numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from data_loaders import DataConfig, WorldData
+from vlm.config import Config, RunReference, dump_yaml, fingerprint, load_yaml, not_identity
+from vlm.errors import UserError
+from vlm.models import ModelConfig
+from vlm.objectives import MatchingConfig, ObjectiveConfig
+from vlm.supervision import SupervisionConfig
+from vlm.tasks import TaskConfig
+from vlm.training.optimizer import OptimizerConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from data_loaders.loader import BatchSource
+    from data_loaders.transforms import ImageTransform
+    from vlm.models.language.tokenizer import Tokenizer
+    from vlm.models.vision_language import VisionLanguageModel
+    from vlm.training.module import TrainingModule
+
+CONFIG, RESULT, LAST, BEST, TOKENIZER, INPUTS = (
+    "config.yaml",
+    "result.json",
+    "last.ckpt",
+    "best.ckpt",
+    "tokenizer.json",
+    "inputs.json",
+)
+
+
+class TrainerConfig(Config):
+    """How long, how large and on what. `batch_size` counts examples of one optimizer step over all ranks."""
+
+    batch_size: PositiveInt = 256
+    accumulate: PositiveInt = 1  # micro-batches of a step on each rank
+    passes: PositiveFloat | None = None  # budget: passes over the supervised subset, or
+    samples: PositiveInt | None = None  # budget: examples seen, whatever the subset's size
+    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto"  # bf16-mixed on a GPU
+    select: Literal["best", "last"] = "best"  # the checkpoint that is scored and handed on
+    validate_every_steps: PositiveInt | None = None  # None: at the end only
+    validation_examples: NonNegativeInt | None = None  # None: all
+    evaluation_batch_size: PositiveInt = not_identity(256, gt=0)
+    checkpoint_every_steps: PositiveInt = not_identity(500, gt=0)
+    accelerator: str = not_identity("auto")
+    devices: PositiveInt = 1
+    num_nodes: PositiveInt = 1
+    strategy: str = not_identity("auto")  # Lightning's names: ddp, fsdp, ddp_find_unused_parameters_true, ...
+    progress: bool = not_identity(True)
+    log_every_steps: PositiveInt = not_identity(20, gt=0)
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.num_nodes
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.batch_size // (self.world_size * self.accumulate)
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainerConfig:
+        if self.passes is not None and self.samples is not None:
+            raise ValueError("give passes or samples, not both")
+        if self.batch_size % (self.world_size * self.accumulate):
+            raise ValueError(
+                f"batch_size must be a multiple of devices * num_nodes * accumulate. "
+                f"Got {self.batch_size} and {self.world_size * self.accumulate}"
+            )
+        return self
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimizer steps of the budget over a subset of this size."""
+        if num_examples == 0:
+            return 0
+        samples = self.samples if self.passes is None else self.passes * num_examples
+        return math.ceil((samples or 0) / self.batch_size)
+
+
+class RunConfig(Config):
+    """Everything that decides a run's numbers. With a `task` it is a fine-tuning, otherwise a pretraining."""
+
+    name: str = Field("run", pattern=r"[A-Za-z0-9_-]+")
+    folder: Path | None = not_identity(None)  # None: `runs/<name>-<fingerprint>`
+    seed: NonNegativeInt = 0
+    start_from: RunReference | None = None  # a run folder whose model this run continues
+    data: DataConfig = WorldData()
+    model: ModelConfig = ModelConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
+    objectives: dict[str, ObjectiveConfig] = {}
+    task: TaskConfig | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _one_purpose(self) -> RunConfig:
+        if bool(self.objectives) == (self.task is not None):
+            raise ValueError("give objectives (pretraining) or a task (fine-tuning), and not both")
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return self.folder or Path("runs") / f"{self.name}-{fingerprint(self)}"
+
+
+# --- From the value to objects ---------------------------------------------------------------------------------------
+
+
+def count_parameters(config: RunConfig) -> dict[str, int]:
+    """Parameters of each component, from shapes alone: nothing is allocated or fetched."""
+    import torch
+
+    with torch.device("meta"):
+        model = without_weights(config.model).build()
+    children = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    return children | {"total": sum(children.values())}
+
+
+def without_weights(config: ModelConfig) -> ModelConfig:
+    """The same shapes with random weights, for whoever fills them from elsewhere."""
+    changed = {}
+    for name in ("vision", "language"):
+        encoder = getattr(config, name)
+        plain = {key: value for key, value in (("pretrained", False), ("weights", None)) if hasattr(encoder, key)}
+        changed[name] = encoder.model_copy(update=plain)
+    return config.model_copy(update=changed)
+
+
+def build_tokenizer(config: RunConfig, root: Path) -> Tokenizer:
+    """The tokenizer of the run that this one starts from, else the language encoder's own."""
+    from vlm.models.language.tokenizer import Tokenizer
+
+    if config.start_from is not None:
+        return Tokenizer.from_file(config.start_from / TOKENIZER, config.model.language.max_tokens)
+    return config.model.language.build_tokenizer(root / "texts" / "train.txt")
+
+
+def build_model(config: RunConfig) -> VisionLanguageModel:
+    """The model with its encoders' weights, or all of another run's model where `start_from` names one."""
+    import torch
+
+    from data_loaders.loader import step_seed
+
+    torch.manual_seed(step_seed(config.seed, 0, "initialise"))
+    if config.start_from is not None:
+        model = without_weights(config.model).build()
+        load_component(model, config.start_from, "model")
+        return model
+    model = config.model.build()
+    for name in ("vision", "language"):
+        weights = getattr(getattr(config.model, name), "weights", None)
+        if weights is not None and getattr(config.model, name).type == "tiny":
+            load_component(getattr(model, name), weights, f"model.{name}")
+    return model
+
+
+def read_checkpoint(run: Path, name: str | None = None) -> dict[str, Any]:
+    """A run's checkpoint, by default the one it hands on: weights and plain values only, never unpickled code."""
+    import torch
+
+    if name is None:
+        name = json.loads((run / RESULT).read_text())["checkpoint"] if (run / RESULT).is_file() else LAST
+    file = run / name
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such checkpoint. Has the run {run.name} been trained?") from None
+    except Exception as error:
+        raise UserError(f"{file}: not a checkpoint that can be read safely ({str(error).splitlines()[0]})") from None
+
+
+def load_component(module: nn.Module, run: Path, prefix: str) -> None:
+    """Fill `module` with the weights under `prefix` of another run. All names and shapes must agree."""
+    fill(module, read_checkpoint(run)["state_dict"], prefix, run)
+
+
+def fill(module: nn.Module, states: dict[str, Tensor], prefix: str, run: Path) -> None:
+    """Fill `module` with the entries of `states` under `prefix`, which came from `run`."""
+    own = {name.removeprefix(f"{prefix}."): value for name, value in states.items() if name.startswith(f"{prefix}.")}
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"{run}: its {prefix} does not fit this config's ({first})") from None
+
+
+def image_transform(config: RunConfig, model: VisionLanguageModel, training: bool) -> ImageTransform:
+    from data_loaders.transforms import ImageTransform
+
+    vision: Any = model.vision
+    augmentation = config.data.augmentation if training else "none"
+    return ImageTransform(vision.image_pixels, vision.interpolation, augmentation)
+
+
+def build_pretraining(
+    config: RunConfig, root: Path, model: VisionLanguageModel, tokenizer: Tokenizer
+) -> tuple[TrainingModule, BatchSource, BatchSource]:
+    """The module of a pretraining, with its training and validation examples."""
+    from vlm.training.pretraining import Pretraining
+
+    train, validation, classes = pretraining_data(config, root, model, tokenizer)
+    objectives = {name: o.build(model, tokenizer, classes) for name, o in config.objectives.items()}
+    num_steps = config.trainer.num_steps(len(train))
+    weights = {name: objective.weight for name, objective in config.objectives.items()}
+    module = Pretraining(model, objectives, weights, config.optimizer, num_steps, config.seed)
+    return module, train, validation
+
+
+def pretraining_data(
+    config: RunConfig, root: Path, model: VisionLanguageModel, tokenizer: Tokenizer
+) -> tuple[BatchSource, BatchSource, tuple[str, ...]]:
+    """Training and validation examples of `data.part`, and the classes where it has them."""
+    import numpy as np
+
+    from data_loaders.collate import ImageBatches, PairBatches, TextBatches
+    from data_loaders.shards import ShardReader, open_index
+    from vlm.supervision.subset import window
+
+    supervision = config.supervision
+    if config.data.part == "texts":
+        lines = [(root / "texts" / f"{split}.txt").read_text().splitlines() for split in ("train", "validation")]
+        return TextBatches(lines[0], tokenizer), TextBatches(_first(config, lines[1]), tokenizer), ()
+    folder = root / ("pairs" if config.data.part == "pairs" else "unimodal")
+    train, validation = (ShardReader(open_index(folder / split)) for split in ("train", "validation"))
+    chosen = window(train.index.hashes, supervision.fraction, supervision.subset_seed)
+    held_out = _first(config, np.arange(len(validation)))
+    transforms = [image_transform(config, model, training) for training in (True, False)]
+    if config.data.part == "images":
+        classes = tuple(sorted({name for record in validation for name in record.classes}))
+        return (
+            ImageBatches(train, chosen, classes, transforms[0]),
+            ImageBatches(validation, held_out, classes, transforms[1]),
+            classes,
+        )
+    negatives = max((_negative_fraction(objective) for objective in config.objectives.values()), default=0.0)
+    sources = supervision.sources
+    return (
+        PairBatches(train, chosen, sources, transforms[0], tokenizer, negatives),
+        PairBatches(validation, held_out, sources, transforms[1], tokenizer, negatives),
+        (),
+    )
+
+
+def _negative_fraction(objective: ObjectiveConfig) -> float:
+    """The share of a batch that wants an extra image from the loader."""
+    if isinstance(objective, MatchingConfig) and objective.negatives == "random":
+        return objective.negative_fraction
+    return 0.0
+
+
+def _first(config: RunConfig, items: Any) -> Any:
+    return items[: config.trainer.validation_examples]
+
+
+def build_finetuning(
+    config: RunConfig, root: Path, model: VisionLanguageModel, tokenizer: Tokenizer
+) -> tuple[TrainingModule, BatchSource, BatchSource]:
+    """The module of a fine-tuning, with its training and validation questions."""
+    from vlm.tasks.task import Task
+    from vlm.training.finetuning import Finetuning
+
+    task = config.task
+    assert isinstance(task, Task)
+    answers = task.vocabulary(root)
+    answer_ids = {answer: number for number, answer in enumerate(answers)}
+    questions = [question for question in task.train_questions(root) if task.target(question, answer_ids)]
+    transform = image_transform(config, model, training=True)
+    train = question_batches(task, root, questions, answers, transform, tokenizer)
+    held_out = _first(config, task.read(root, "validation"))
+    transform = image_transform(config, model, training=False)
+    validation = question_batches(task, root, held_out, answers, transform, tokenizer)
+    num_steps = config.trainer.num_steps(len(train))
+    module = Finetuning(
+        model, answers, task.images_per_text, task.multi_label, config.optimizer, num_steps, config.seed
+    )
+    return module, train, validation
+
+
+def question_batches(
+    task: Any, root: Path, questions: list[Any], answers: tuple[str, ...], transform: Any, tokenizer: Tokenizer
+) -> BatchSource:
+    """Questions joined to the task's images and to soft targets over `answers`."""
+    from data_loaders.collate import QuestionBatches
+    from data_loaders.shards import ShardReader, open_index
+
+    reader = ShardReader(open_index(root / task.type / "images"))
+    answer_ids = {answer: number for number, answer in enumerate(answers)}
+    return QuestionBatches(
+        questions,
+        reader,
+        transform,
+        tokenizer,
+        lambda question: task.target(question, answer_ids),
+        len(answers),
+        task.multi_label,
+        task.question_only,
+    )
+
+
+# --- From objects to steps and numbers -------------------------------------------------------------------------------
+
+
+def train(config: RunConfig) -> Path:
+    """Run to the end, from the start or from the last checkpoint, and return the run's folder.
+
+    A finished run is left as it is. The folder holds the resolved config, the tokenizer, checkpoints, TensorBoard
+    events, predictions of a task, and at the very end `result.json`.
+    """
+    folder = config.run_folder
+    if (folder / RESULT).is_file():
+        return folder
+    start = time.perf_counter()
+    root = config.data.prepare(progress=config.trainer.progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_once(folder / CONFIG, dump_yaml(config))
+    tokenizer = build_tokenizer(config, root)
+    tokenizer.save(folder / TOKENIZER)
+    model = build_model(config)
+    if config.task is not None and config.task.type == "retrieval":
+        module: TrainingModule | None = None
+        fit: dict[str, Any] = {"steps": 0, "checkpoint": None}
+    else:
+        build = build_pretraining if config.task is None else build_finetuning
+        module, train_source, validation_source = build(config, root, model, tokenizer)
+        fit = _fit(config, module, train_source, validation_source)
+    scores = _evaluate(config, root, model, tokenizer, module)
+    result = fit | {
+        "name": config.name,
+        "fingerprint": fingerprint(config),
+        "scores": scores,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        write_atomically(folder / RESULT, json.dumps(result, indent=1))
+    return folder
+
+
+def config_with(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The config with `key=value` overrides applied and validated again."""
+    return apply_overrides(config, overrides) if overrides else config
+
+
+def resume(folder: Path) -> Path:
+    """Continue the run of this folder to its end."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: no run here ({CONFIG} is missing)")
+    config = load_yaml(folder / CONFIG, RunConfig)
+    return train(config.model_copy(update={"folder": folder}))
+
+
+def _fit(
+    config: RunConfig, module: TrainingModule, train_source: BatchSource, validation_source: BatchSource
+) -> dict[str, Any]:
+    """Train with Lightning; returns steps, examples seen and the checkpoint to hand on."""
+    from data_loaders.loader import evaluation_loader, train_loader
+    from vlm.training.trainer import build_trainer
+
+    options, folder = config.trainer, config.run_folder
+    last = folder / LAST
+    trainer = build_trainer(config, module.num_steps)
+    if module.num_steps == 0:  # a fraction of 0: the model as it was initialised is the result
+        trainer.strategy.connect(module)
+        trainer.save_checkpoint(last)
+        return {"steps": 0, "samples": 0, "examples": 0, "checkpoint": LAST}
+    first_step = int(read_checkpoint(folder, LAST)["global_step"]) if last.is_file() else 0
+    rank, world_size = trainer.global_rank, options.world_size
+    loader = train_loader(
+        train_source,
+        options.micro_batch_size,
+        config.seed,
+        num_batches=module.num_steps * options.accumulate,
+        first_batch=first_step * options.accumulate,
+        rank=rank,
+        world_size=world_size,
+        num_workers=config.data.num_workers,
+    )
+    held_out = evaluation_loader(
+        validation_source, options.evaluation_batch_size, rank, world_size, config.data.num_workers
+    )
+    trainer.fit(module, loader, held_out, ckpt_path=last if last.is_file() else None, weights_only=True)
+    metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
+    best = folder / BEST
+    return {
+        "steps": module.num_steps,
+        "samples": module.num_steps * options.batch_size,
+        "examples": len(train_source),
+        "checkpoint": BEST if options.select == "best" and best.is_file() else LAST,
+        "metrics": metrics,
+    }
+
+
+def _evaluate(
+    config: RunConfig, root: Path, model: VisionLanguageModel, tokenizer: Tokenizer, module: TrainingModule | None
+) -> dict[str, float]:
+    """Scores of the task on its evaluation split; none for a pretraining."""
+    if config.task is None:
+        return {}
+    from vlm import evaluation
+
+    if module is None:
+        return evaluation.evaluate_retrieval(config, root, model, tokenizer)
+    return evaluation.evaluate_answers(config, root, module, tokenizer)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
+def _write_once(file: Path, text: str) -> None:
+    if not file.is_file():
+        write_atomically(file, text)

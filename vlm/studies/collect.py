@@ -1,0 +1,167 @@
+"""From the result files of a study's runs to one tidy table: a row a run and score."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.config import CustomConfig
+from vlm.run import RESULT, write_atomically
+from vlm.studies.plan import Job
+from vlm.studies.statistics import estimate
+from vlm.supervision import SupervisionConfig
+
+BASELINES = ("question_prior", "chance")
+"""Scores that no model made. `chance` may stand under a prefix: "styles/chance" belongs to the scores "styles/..."."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score of one run, in percent, with the supervision behind it and what can be had without a picture."""
+
+    stage: str
+    point: str
+    variant: str  # the run's place on further axes: "learning_rate=0.001"
+    source: str  # of the texts in pretraining; "none" at fraction 0
+    fraction: float  # of the pairs, in [0, 1]
+    pairs: int | None  # how many that were; None where the pretraining did not tell
+    task: str
+    metric: str
+    seed: int
+    question_only: bool  # the run saw grey images
+    score: float
+    question_only_score: float | None  # of runs that saw grey images, mean over seeds
+    question_prior: float | None  # of the most frequent training answers
+    chance: float | None
+    run: str  # its folder, seen from the study's
+
+
+def collect(jobs: Sequence[Job], folder: Path) -> list[Score]:
+    """The scores of all finished jobs, in the order of the plan."""
+    stages = _stages_of_tasks(jobs)
+    scores = []
+    for job in jobs:
+        result = _result(job)
+        if result is None or job.config.task is None:
+            continue
+        pretraining = pretraining_of(job)
+        supervision = pretraining.config.supervision
+        task = task_name(job)
+        question_only = is_question_only(job)
+        own_axes = [f"{label.split('.')[-1]}={value}" for label, value in job.labels.items() if _is_variant(label)]
+        if len(stages[task]) > 1 and not question_only:
+            own_axes.append(job.stage)
+        for metric, score in result["scores"].items():
+            if metric.split("/")[-1] in BASELINES:
+                continue
+            scores.append(
+                Score(
+                    stage=job.stage,
+                    point=job.labels.get("point", ""),
+                    variant=", ".join(own_axes),
+                    source=source_name(supervision),
+                    fraction=supervision.fraction,
+                    pairs=(_result(pretraining) or {}).get("examples") if pretraining is not job else None,
+                    task=task,
+                    metric=metric,
+                    seed=job.config.seed,
+                    question_only=question_only,
+                    score=score,
+                    question_only_score=None,
+                    question_prior=_baseline("question_prior", metric, result["scores"], headline(job)),
+                    chance=_baseline("chance", metric, result["scores"], headline(job)),
+                    run=str(job.folder.relative_to(folder.resolve())),
+                )
+            )
+    return _with_question_only(scores)
+
+
+def write_csv(scores: Iterable[Score], file: Path) -> None:
+    """A line a score, floats with at most 4 digits behind the point, empty where there is no value."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in dataclasses.fields(Score))
+    for score in scores:
+        values = dataclasses.astuple(score)
+        writer.writerow(round(value, 4) if isinstance(value, float) else value for value in values)
+    write_atomically(file, text.getvalue())
+
+
+def pretraining_of(job: Job) -> Job:
+    """The pretraining whose supervision a fine-tuning inherits; the job itself if it starts from none."""
+    while job.config.task is not None and "start_from" in job.upstream:
+        job = job.upstream["start_from"]
+    return job
+
+
+def task_name(job: Job) -> str:
+    """The task as the grid calls it, else its type."""
+    assert job.config.task is not None
+    return job.labels.get("task", job.config.task.type)
+
+
+def headline(job: Job) -> str:
+    """The score that a curve of this job's task shows."""
+    task: Any = job.config.task.load() if isinstance(job.config.task, CustomConfig) else job.config.task
+    return str(getattr(task, "headline", "accuracy"))
+
+
+def is_question_only(job: Job) -> bool:
+    return bool(getattr(job.config.task, "question_only", False))
+
+
+def source_name(supervision: SupervisionConfig) -> str:
+    """Where the texts of a pretraining come from: "captions", "captions+machine_labels", "none" at fraction 0."""
+    if supervision.fraction == 0:
+        return "none"
+    names = [
+        source.target.split(":")[1] if isinstance(source, CustomConfig) else source.type
+        for source in supervision.sources
+        if isinstance(source, CustomConfig) or source.weight > 0
+    ]
+    return "+".join(sorted(names))
+
+
+def _stages_of_tasks(jobs: Sequence[Job]) -> dict[str, set[str]]:
+    stages: dict[str, set[str]] = {}
+    for job in jobs:
+        if job.config.task is not None:
+            of_task = stages.setdefault(task_name(job), set())
+            if not is_question_only(job):
+                of_task.add(job.stage)
+    return stages
+
+
+def _is_variant(label: str) -> bool:
+    return label not in ("point", "task", "seed")
+
+
+def _result(job: Job) -> dict[str, Any] | None:
+    file = job.folder / RESULT
+    return json.loads(file.read_text()) if file.is_file() else None  # type: ignore[no-any-return]
+
+
+def _baseline(name: str, metric: str, scores: Mapping[str, float], headline: str) -> float | None:
+    """The baseline that stands beside this score: under the same prefix, and for headlines only."""
+    prefix, _, kind = metric.rpartition("/")
+    if kind != headline:
+        return None
+    while prefix and f"{prefix}/{name}" not in scores:
+        prefix = prefix.rpartition("/")[0]
+    return scores.get(f"{prefix}/{name}" if prefix else name)
+
+
+def _with_question_only(scores: Sequence[Score]) -> list[Score]:
+    """Each score beside what the same task and metric gave to runs that saw grey images."""
+    blind: dict[tuple[str, str], list[float]] = {}
+    for score in scores:
+        if score.question_only:
+            blind.setdefault((score.task, score.metric), []).append(score.score)
+    means = {key: estimate(values).mean for key, values in blind.items()}
+    return [dataclasses.replace(score, question_only_score=means.get((score.task, score.metric))) for score in scores]

@@ -1,0 +1,111 @@
+"""`vlm study`: from the name of a study to its curve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from vlm.config import did_you_mean, dump_yaml, fingerprint, load_yaml
+from vlm.errors import UserError
+from vlm.run import write_atomically
+from vlm.studies import curves
+from vlm.studies.collect import collect, write_csv
+from vlm.studies.launchers import local
+from vlm.studies.plan import Job, StudyConfig, distinct, plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+STUDY = "study.yaml"
+
+
+def experiments_folder() -> Path:
+    """The `experiments/` that came with the package: inside it in a wheel, beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    packaged = package / "experiments"
+    return packaged if packaged.is_dir() else package.parent / "experiments"
+
+
+def find_study(name_or_path: str) -> Path:
+    """The study.yaml of a study that came with the package, or one given by its path or folder."""
+    folder = experiments_folder()
+    known = sorted(file.parent.name for file in folder.glob(f"*/{STUDY}"))
+    if name_or_path in known:
+        return folder / name_or_path / STUDY
+    path = Path(name_or_path)
+    for file in (path, path / STUDY):
+        if file.is_file():
+            return file
+    raise UserError(f"unknown study {name_or_path!r}, and no such file. {did_you_mean(name_or_path, known)}")
+
+
+def run_study(
+    name_or_path: str,
+    folder: Path | None = None,
+    jobs: int | None = None,
+    overrides: Sequence[str] = (),
+    config_folder: Path | None = None,
+    work: Callable[[Path], None] = local.train,
+) -> None:
+    """Run what is missing of a study, then write its table, figure and TensorBoard events, and print the table.
+
+    Exits with status 1 if a run failed; what the others gave is shown all the same.
+    """
+    start = time.monotonic()
+    console = Console()
+    file = find_study(name_or_path)
+    study = load_yaml(file, StudyConfig)
+    folder = folder or Path("runs") / (file.parent.name if file.name == STUDY else file.stem)
+    planned = plan(study, folder, overrides, config_folder)
+    unfinished = [job for job in distinct(planned) if not job.is_finished]
+    console.print(f"[bold]{study.question}[/bold]\n{len(distinct(planned))} runs in {folder / 'runs'}", highlight=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / STUDY, dump_yaml(study))
+    if unfinished:
+        local.warm_up(jobs, planned)
+        prepare_data(unfinished)
+    try:
+        outcome = local.launch(planned, jobs, work, console)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command continues.")
+        raise
+    show(study, planned, folder, console)
+    console.print(f"{round((time.monotonic() - start) / 60, 1)} minutes", highlight=False)
+    if outcome.failed:
+        titles = {job.id: job for job in planned}
+        for name, reason in outcome.failed.items():
+            console.print(
+                f"\n[red]failed[/red] {titles[name].title} ({titles[name].folder / local.LOG})", highlight=False
+            )
+            console.print(reason, markup=False, highlight=False)
+        console.print(f"\n{len(outcome.failed)} failed, {len(outcome.skipped)} skipped. The same command tries again.")
+        raise SystemExit(1)
+
+
+def prepare_data(jobs: Sequence[Job]) -> None:
+    """Make each data root once, here, before several jobs want it at the same time."""
+    for config in {fingerprint(job.config.data): job.config.data for job in jobs}.values():
+        config.prepare(progress=True)
+
+
+def show(study: StudyConfig, jobs: Sequence[Job], folder: Path, console: Console) -> None:
+    """Write and print what the finished runs of a study say."""
+    scores = collect(jobs, folder)
+    write_csv(scores, folder / "results.csv")
+    shown = [panel for panel in curves.panels(study.figure, jobs) if panel.of(scores)]
+    if not shown:
+        console.print("No run has scores to show.")
+        return
+    table = curves.markdown_table(scores, shown, study.question)
+    write_atomically(folder / "table.md", table)
+    drawn = curves.draw(scores, shown, study.figure)
+    curves.save(drawn, folder / "curve.png")
+    curves.write_tensorboard(scores, shown, drawn, table, folder / "tensorboard")
+    console.print(curves.rich_table(scores, shown, study.question))
+    console.print(f"figure  {folder / 'curve.png'}\ntable   {folder / 'table.md'}", highlight=False, soft_wrap=True)
+    console.print(f"scores  {folder / 'results.csv'}", highlight=False, soft_wrap=True)
+    console.print(f"curves  [bold]tensorboard --logdir {folder}[/bold]", highlight=False, soft_wrap=True)

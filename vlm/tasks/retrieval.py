@@ -1,0 +1,44 @@
+"""Image-text retrieval with the matching head, without fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from vlm.config import Config
+from vlm.errors import UserError
+from vlm.tasks.task import read_json
+from vlm.types import Question
+
+
+class RetrievalTask(Config):
+    """Each text ranks all images of a set, and each image all texts, by the probability that they match.
+
+    Sets lie under `<data root>/retrieval/`: `NAME.json`, a list of {id, text, image_key}, and the shards
+    `NAME_images`. Every pair goes through the fusion, so n texts cost n * n pairs.
+    """
+
+    headline: ClassVar[str] = "recall_at_1"
+
+    type: Literal["retrieval"] = "retrieval"
+    sets: tuple[str, ...] = ("captions",)
+
+    def read(self, root: Path, name: str) -> list[Question]:
+        file = root / "retrieval" / f"{name}.json"
+        try:
+            return [Question(str(row["id"]), row["text"], (row["image_key"],)) for row in read_json(file)]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{file}: not a list of rows with id, text and image_key ({error})") from None
+
+
+def recall_at(ranks: Sequence[int], k: int) -> float:
+    """Share in percent of queries whose right item is among the first k (rank 0 is first)."""
+    return 100 * sum(rank < k for rank in ranks) / max(len(ranks), 1)
+
+
+def retrieval_scores(ranks: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Recall at 1, 5 and 10 for each direction, and their mean recall at 1."""
+    scores = {f"{direction}/recall_at_{k}": recall_at(r, k) for direction, r in ranks.items() for k in (1, 5, 10)}
+    scores["recall_at_1"] = sum(recall_at(r, 1) for r in ranks.values()) / max(len(ranks), 1)
+    return scores

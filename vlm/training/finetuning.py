@@ -1,0 +1,73 @@
+"""Fine-tuning: a classifier over pooled pairs, for any task with answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlm.models.heads import AnswerHead
+from vlm.models.vision_language import VisionLanguageModel
+from vlm.training.module import TrainingModule
+from vlm.training.optimizer import OptimizerConfig
+from vlm.types import Batch, View
+
+
+def answer_logits(
+    model: VisionLanguageModel, head: nn.Module, batch: Batch
+) -> Float[Tensor, "b k"]:
+    """Logits over the answers from the pooled pairs of each text with its one or more images.
+
+    All images go through the encoder in one pass and each text through its encoder once.
+    """
+    text_ids = cast(Tensor, batch.text_ids)
+    texts = torch.arange(len(text_ids), device=text_ids.device).repeat(batch.images_per_text)
+    view = View("pair", text_ids, batch.text_mask, text_index=texts)
+    pooled = cast(Tensor, model.encode(batch.image, [view])[0].pooled)
+    return head(torch.cat(pooled.chunk(batch.images_per_text), dim=-1))  # type: ignore[no-any-return]
+
+
+class Finetuning(TrainingModule):
+    """Binary cross-entropy times the number of classes over soft targets, or plain cross-entropy."""
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        answers: Sequence[str],
+        images_per_text: int,
+        multi_label: bool,
+        optimizer: OptimizerConfig,
+        num_steps: int,
+        seed: int,
+    ) -> None:
+        super().__init__(model, optimizer, num_steps, seed)
+        self.multi_label = multi_label
+        self.answers = tuple(answers)
+        self.head = AnswerHead(images_per_text * 2 * model.width, len(answers))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The answers belong to the head: without them its outputs mean nothing."""
+        checkpoint["answers"] = list(self.answers)
+
+    def loss_of(self, logits: Float[Tensor, "b k"], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the expected score of the most likely answers in [0, 1]."""
+        logits = logits.float()
+        best = logits.argmax(-1)
+        if self.multi_label:
+            loss = F.binary_cross_entropy_with_logits(logits, targets) * logits.shape[1]
+            return loss, targets.gather(1, best[:, None]).mean()
+        return F.cross_entropy(logits, targets, ignore_index=-100), (best == targets).float().mean()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, accuracy = self.loss_of(answer_logits(self.model, self.head, batch), cast(Tensor, batch.targets))
+        self.log_train({"loss": loss.detach(), "accuracy": 100 * accuracy}, len(batch.keys))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        loss, accuracy = self.loss_of(answer_logits(self.model, self.head, batch), cast(Tensor, batch.targets))
+        values = {"validation/loss": loss, "validation/accuracy": 100 * accuracy}
+        self.log_dict(values, batch_size=len(batch.keys), sync_dist=True, prog_bar=True)

@@ -1,0 +1,102 @@
+"""The few plain types that flow through the project: Record -> Example -> Batch -> Encoded.
+
+Dimension letters used in every signature: b batch, n texts or pairs of one step, p image tokens with the
+CLS token first, l text tokens, d width, m masked positions, v vocabulary, k classes, h w pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # torch is imported only by those who compute
+    from jaxtyping import Bool, Float, Int, UInt8
+    from torch import Tensor
+
+Source = Literal["human", "machine", "class_name", "none"]
+"""Where a text comes from. It travels with each example to the loss and the logs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One example as it lies in a shard: an image and everything that is known about it."""
+
+    key: str
+    image: bytes = b""  # encoded JPEG or PNG
+    captions: tuple[str, ...] = ()  # written by people
+    labels: tuple[str, ...] = ()  # machine labels, best first
+    scores: tuple[float, ...] = ()  # one a label, in [0, 1], descending
+    classes: tuple[str, ...] = ()  # true class names, for encoders that are pretrained on images alone
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What one training step sees of a record, once supervision has decided."""
+
+    key: str
+    image: bytes
+    text: str
+    source: Source
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, statement or caption about one or two images, with what its authors count as right.
+
+    `answers` holds the annotators' answers (VQAv2: ten; GQA: one; NLVR2: "True" or "False"; none in a test split).
+    """
+
+    id: str
+    text: str
+    image_keys: tuple[str, ...]
+    answers: tuple[str, ...] = ()
+    group: str = ""  # question type (VQAv2, GQA) or the identifier that consistency is counted over (NLVR2)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Tensors of one micro-batch. Pixels stay bytes until they are on the device."""
+
+    keys: tuple[str, ...]
+    image: UInt8[Tensor, "b c h w"] | None = None
+    text_ids: Int[Tensor, "b l"] | None = None
+    text_mask: Bool[Tensor, "b l"] | None = None  # True at real tokens
+    special_mask: Bool[Tensor, "b l"] | None = None  # True at CLS, SEP and padding: never masked out for prediction
+    targets: Float[Tensor, "b k"] | Int[Tensor, " b"] | None = None
+    sources: tuple[Source, ...] = ()
+    images_per_text: int = 1  # 2 for NLVR2, whose images lie as (first images, second images) along b
+
+
+@dataclass(slots=True, eq=False)
+class View:
+    """What one objective wants encoded: images alone, texts alone, or image-text pairs.
+
+    Views that hold the *same* `text_ids` tensor share one pass through the language encoder, and all views share one
+    pass of the batch's images through the vision encoder.
+    """
+
+    kind: Literal["image", "text", "pair"]
+    text_ids: Int[Tensor, "b l"] | None = None
+    text_mask: Bool[Tensor, "b l"] | None = None
+    text_index: Int[Tensor, " n"] | None = None  # which text each pair takes; None: all, in order
+    image_index: Int[Tensor, " n"] | None = None  # which image each pair takes; None: all, in order
+    targets: dict[str, Tensor] = field(default_factory=dict)  # what the objective wants to find again at its loss
+
+
+@dataclass(slots=True)
+class Encoded:
+    """Final states of one view. A pair has both; its width d is the fusion's, else the encoder's own."""
+
+    text: Float[Tensor, "n l d"] | None = None
+    image: Float[Tensor, "n p d"] | None = None
+    pooled: Float[Tensor, "n 2*d"] | None = None  # pairs only: [text CLS; image CLS], pooled
+
+
+@dataclass(slots=True)
+class Loss:
+    """A named loss (mean over `count` items) and the figures that are logged beside it."""
+
+    value: Float[Tensor, ""]
+    count: int
+    figures: dict[str, Tensor] = field(default_factory=dict)
