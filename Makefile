@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-JOBS ?= 2  # test processes, one torch thread each
+# Test processes, with one torch thread each.
+JOBS ?= 2
 
 .PHONY: quickstart test test-slow check clean
 

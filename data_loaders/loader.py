@@ -106,15 +106,25 @@ def train_loader(
 
 
 def evaluation_loader(
-    source: BatchSource, batch_size: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
+    source: BatchSource,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    even: bool = False,
 ) -> DataLoader[Batch]:
-    """Every example once, in order; ranks take batches in turn and the last batch may be short."""
-    num_batches = -(-len(source) // batch_size)
+    """Every example once, shared out among the ranks; the last batch may be short.
 
-    def order(number: int) -> range:
-        return range(number * batch_size, min((number + 1) * batch_size, len(source)))
+    `even` gives every rank as many by repeating a few from the start, for loops in which the ranks meet at each batch.
+    """
+    count = len(source)
+    end = -(-count // world_size) * world_size if even else count
+    mine = [position % count for position in range(rank, end, world_size)]
 
-    numbers = range(rank, num_batches, world_size)
+    def order(number: int) -> list[int]:
+        return mine[number * batch_size : (number + 1) * batch_size]
+
+    numbers = range(-(-len(mine) // batch_size))
     return _loader(_Numbered(source, order, 0), _Numbers(numbers, 0), num_workers)
 
 

@@ -81,7 +81,7 @@ def write_shards(records: Iterable[Record], folder: Path, examples_per_shard: in
         for start in range(0, max(len(ordered), 1), examples_per_shard):
             part = ordered[start : start + examples_per_shard]
             file = partial / f"{len(shards):05d}.tar"
-            with webdataset.TarWriter(str(file), encoder=False, mtime=0.0, user="", group="") as writer:
+            with webdataset.TarWriter(str(file), encoder=False, mtime=0, user="", group="") as writer:
                 for record in part:
                     writer.write(_members(record))
             places += [(len(shards), *place) for place in _member_places(file, part)]

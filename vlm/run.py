@@ -385,7 +385,7 @@ def _fit(
         num_workers=config.data.num_workers,
     )
     held_out = evaluation_loader(
-        validation_source, options.evaluation_batch_size, rank, world_size, config.data.num_workers
+        validation_source, options.evaluation_batch_size, rank, world_size, config.data.num_workers, even=True
     )
     trainer.fit(module, loader, held_out, ckpt_path=last if last.is_file() else None, weights_only=True)
     metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}

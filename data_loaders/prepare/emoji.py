@@ -4,7 +4,7 @@ Captions are the names that Unicode gives (`grinning face`), labels are the tags
 names come from an ImageNet classifier, so that every rung of the supervision ladder exists on real data. Written are
 
     pairs/train, pairs/validation             shards: training styles, captions + labels + classes
-    texts/train.txt                           the training captions alone, one a line
+    texts/train.txt, texts/validation.txt     their captions alone, one a line
     retrieval/captions.json, captions_images  captions never seen, in the training styles
     retrieval/style.json, style_images        the same captions, in a style never seen
     retrieval/seen_concepts_style.json, ...   captions seen, in the style never seen; as many as the sets above
@@ -186,16 +186,17 @@ def write_emoji(
 def _write_pairs(
     folder: Path, config: EmojiConfig, splits: Mapping[Split, Sequence[Concept]], pictures: Pictures, bar: Any
 ) -> dict[str, int]:
-    """Pairs in the training styles, and the training captions alone; returns the number of pairs."""
+    """Pairs in the training styles, and their captions alone; returns the number of pairs."""
     examples = {}
-    for split in ("train", "validation"):
+    names: tuple[Split, ...] = ("train", "validation")
+    for split in names:
         records = [_record(style, c, pictures) for style, c in itertools.product(config.training_styles, splits[split])]
         if config.num_class_names:
             records = _with_class_names(records, config.num_class_names, bar, split)
         examples[f"pairs/{split}"] = len(write_shards(records, folder / "pairs" / split))
-    texts = folder / "texts" / "train.txt"
-    texts.parent.mkdir()
-    texts.write_text("".join(f"{concept.caption}\n" for concept in splits["train"]), encoding="utf-8")
+        texts = folder / "texts" / f"{split}.txt"
+        texts.parent.mkdir(exist_ok=True)
+        texts.write_text("".join(f"{concept.caption}\n" for concept in splits[split]), encoding="utf-8")
     return examples
 
 

@@ -76,7 +76,9 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, NpmPa
         {"hexcode": "1FFFE", "label": "copy of thing 3", "tags": ["thing"], "group": 0, "order": 903},
     ]
     groups = {"groups": {"0": "smileys-emotion", "2": "component", "9": "flags"}}
-    packages = {"emojibase": _tarball(folder / "emojibase-1.tgz", {"en/data.json": entries, "meta/groups.json": groups})}
+    packages = {
+        "emojibase": _tarball(folder / "emojibase-1.tgz", {"en/data.json": entries, "meta/groups.json": groups})
+    }
     for style, name in enumerate(STYLES):
         icons = {f"thing-{n}": _icon(style, n) for n in range(NUM_CONCEPTS)}
         chars = {f"1f{n:03x}": f"thing-{n}" for n in range(NUM_CONCEPTS)} | {"1f1e6-1f1e9": "thing-5"}
@@ -239,7 +241,7 @@ def test_what_is_in_the_cache_needs_no_npm(
     fetch_package(registry["noto"], cache_folder())
     monkeypatch.setenv("PATH", str(tmp_path))
     assert fetch_package(registry["noto"], cache_folder()).is_file()
-    with pytest.raises(UserError, match="install Node.js"):
+    with pytest.raises(UserError, match=r"install Node\.js"):
         fetch_package(registry["twemoji"], cache_folder())
 
 

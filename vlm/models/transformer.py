@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,9 +84,16 @@ class EncoderBlock(nn.Module):
         return self.feed_forward(self.self_attention(x, None, mask))  # type: ignore[no-any-return]
 
 
-def initialise(module: nn.Module, std: float = 0.02) -> None:
-    """Truncated-normal weights and zero biases, as BERT and ViT start (`module.apply(initialise)`)."""
-    if isinstance(module, nn.Linear | nn.Embedding):
+def initialise(module: nn.Module) -> None:
+    """Truncated-normal weights and zero biases (`module.apply(initialise)`).
+
+    Linear weights have BERT's deviation of 0.02 at 768 inputs and grow as 1 / sqrt(inputs): at a width of 128, a plain
+    0.02 leaves attention almost even, and a small model spends most of its budget on leaving that plateau.
+    """
+    if isinstance(module, nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+    if isinstance(module, nn.Linear):
+        std = 0.02 * math.sqrt(768 / module.in_features)
         nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

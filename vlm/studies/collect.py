@@ -144,7 +144,7 @@ def _is_variant(label: str) -> bool:
 
 def _result(job: Job) -> dict[str, Any] | None:
     file = job.folder / RESULT
-    return json.loads(file.read_text()) if file.is_file() else None  # type: ignore[no-any-return]
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _baseline(name: str, metric: str, scores: Mapping[str, float], headline: str) -> float | None:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from vlm.run import write_atomically
-from vlm.studies.collect import Score, headline, is_question_only, task_name
+from vlm.studies.collect import Score, headline, task_name
 from vlm.studies.plan import FigureConfig, Job
 from vlm.studies.statistics import Estimate, estimate
 
@@ -28,8 +27,21 @@ SOURCES = {
     "none": "none",
 }
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers and dashes tell the lines apart in grey.
-STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
-STYLES += (("#E69F00", "v", "-"), ("#56B4E9", "P", "--"), ("#000000", "X", "-."))
+STYLES = (
+    ("#0072B2", "o", "-"),
+    ("#D55E00", "s", "--"),
+    ("#009E73", "^", "-."),
+    ("#CC79A7", "D", ":"),
+    ("#E69F00", "v", "-"),
+    ("#56B4E9", "P", "--"),
+    ("#000000", "X", "-."),
+)
+# What needs no picture, the strongest first: a trained model that saw none, the most frequent answers, chance.
+LEVELS: tuple[tuple[str, str, Any], ...] = (
+    ("question_only_score", "question only, trained", (0, (6, 3))),
+    ("question_prior", "most frequent answer", (0, (6, 2, 1, 2))),
+    ("chance", "chance", (0, (1, 2))),
+)
 BASIS_POINTS = 10_000
 
 
@@ -96,34 +108,46 @@ def panels(figure: FigureConfig, jobs: Sequence[Job]) -> list[Panel]:
 
 def lines(scores: Sequence[Score], panel: Panel) -> list[Line]:
     """The panel's lines, captions first. The runs without any pair begin every line that is not flat."""
-    own = panel.of(scores)
     found = []
+    own = panel.of(scores)
     for variant in dict.fromkeys(score.variant for score in own):
         of_variant = [score for score in own if score.variant == variant]
+        none = _series(of_variant, "none")[:1]
         sources = dict.fromkeys(score.source for score in of_variant if score.source != "none")
         for source in sorted(sources, key=lambda name: name != "captions") or ["none"]:
-            fractions = sorted({score.fraction for score in of_variant if score.source == source})
-            is_flat = source != "captions" and len(fractions) == 1
-            started = [0.0] if not is_flat and any(score.source == "none" for score in of_variant) else []
-            points = [
-                (fraction, estimate([s.score for s in of_variant if s.fraction == fraction and s.source in kinds]))
-                for fraction in [*started, *fractions]
-                for kinds in [("none",) if fraction == 0 else (source,)]
-            ]
-            found.append(Line(source, variant, tuple(points), is_flat))
+            for number, series in enumerate(_series(of_variant, source)):
+                is_flat = source != "captions" and len(series) == 1
+                points = {} if is_flat else {fraction: values for one in none for fraction, (_, values) in one.items()}
+                points |= {fraction: values for fraction, (_, values) in series.items()}
+                first_point = next(iter(series.values()))[0]
+                name = ", ".join(filter(None, (variant, first_point if number else "")))
+                estimates = tuple((fraction, estimate(points[fraction])) for fraction in sorted(points))
+                found.append(Line(source, name, estimates, is_flat))
     return sorted(found, key=lambda line: line.is_flat)
 
 
+def _series(scores: Sequence[Score], source: str) -> list[dict[float, tuple[str, list[float]]]]:
+    """The points of a source by fraction, with the scores of their seeds.
+
+    Points of one fraction differ in something else, and are never averaged: the second begins a series of its own.
+    """
+    found: list[dict[float, tuple[str, list[float]]]] = []
+    own = [score for score in scores if score.source == source]
+    for point, fraction in dict.fromkeys((score.point, score.fraction) for score in own):
+        values = [score.score for score in own if (score.point, score.fraction) == (point, fraction)]
+        series = next((one for one in found if fraction not in one), None)
+        if series is None:
+            series = {}
+            found.append(series)
+        series[fraction] = (point, values)
+    return found
+
+
 def baselines(scores: Sequence[Score], panel: Panel) -> list[Baseline]:
-    """Levels that need no picture, highest authority first: a trained model that saw none, the prior, chance."""
+    """The levels of this panel, in the order of `LEVELS`."""
     own = panel.of(scores)
     found = []
-    kinds: tuple[tuple[str, str, Any], ...] = (
-        ("question_only_score", "question only, trained", (0, (6, 3))),
-        ("question_prior", "most frequent answer", (0, (6, 2, 1, 2))),
-        ("chance", "chance", (0, (1, 2))),
-    )
-    for attribute, name, dashes in kinds:
+    for attribute, name, dashes in LEVELS:
         values = [value for score in own if (value := getattr(score, attribute)) is not None]
         if values:
             found.append(Baseline(name, estimate(values).mean, dashes))
@@ -163,27 +187,34 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
         scale.apply(axes)
         axes.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
         axes.margins(y=0.12)
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -2), min(high, 102))
         axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
-        if number % columns == 0 or (figure.y_label is None and panel.metric != shown[number - 1].metric):
-            axes.set_ylabel(figure.y_label or f"{_words(panel.metric)} (%)")
+        kinds = [one.metric.split("/")[-1] for one in shown]
+        if number % columns == 0 or (figure.y_label is None and kinds[number] != kinds[number - 1]):
+            axes.set_ylabel(figure.y_label or f"{_words(kinds[number])} (%)")
         if number >= len(shown) - columns:
-            axes.set_xlabel(figure.x_label)
+            axes.set_xlabel(_x_label(figure, scores), labelpad=9 if scale.flat else 4)
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
     if legend:
-        # Lines first, though the baselines were drawn first.
-        order = sorted(legend, key=lambda name: not hasattr(legend[name], "has_yerr"))
-        handles = [legend[name] for name in order]
+        levels = [name for _, name, _ in LEVELS]
+        order = [name for name in legend if name not in levels] + [name for name in levels if name in legend]
+        several = [len(value.values) for of_panel in by_panel for line in of_panel for _, value in line.points]
+        note = "bars: 95% t-interval of the mean over seeds; dots: single seeds" if max(several) > 1 else None
+        one_row = sum(0.7 + 0.075 * len(name) for name in order) < drawn.get_figwidth()  # inches, about
         drawn.legend(
-            handles,
+            [legend[name] for name in order],
             order,
             loc="outside lower center",
-            ncols=min(len(order), 3 if columns > 1 else 2),
+            ncols=len(order) if one_row else math.ceil(len(order) / 2),
             frameon=False,
             fontsize=9,
             handlelength=3.2,
+            title=note,
+            title_fontsize=8,
         )
     return drawn
 
@@ -211,6 +242,10 @@ class _Scale:
         return cls(tuple(sorted(on_axis)), math.log10(100 * least) - 0.4 * span, flat)
 
     @property
+    def end(self) -> float:
+        return self.flat_place(self.flat[-1]) if self.flat else 2.0
+
+    @property
     def gap(self) -> float:
         return 0.5 * (2 - self.zero) / 2
 
@@ -218,10 +253,11 @@ class _Scale:
         return math.log10(100 * fraction) if fraction > 0 else self.zero
 
     def flat_place(self, name: str) -> float:
-        return 2 + self.gap * (0.85 + 0.6 * self.flat.index(name))
+        step = min(0.5, 1.2 / len(self.flat))
+        return 2 + self.gap * (0.85 + step * self.flat.index(name))
 
     def apply(self, axes: Axes) -> None:
-        end = self.flat_place(self.flat[-1]) if self.flat else 2.0
+        end = self.end
         pad = 0.06 * (end - self.zero)
         axes.set_xlim(self.zero - pad, end + pad * (1.6 if self.flat else 1))
         axes.set_xticks([self.place(fraction) for fraction in self.fractions], [percent(f) for f in self.fractions])
@@ -234,22 +270,14 @@ class _Scale:
             self._break(axes, self.zero + 0.5 * (low - self.zero))
         if self.flat:
             self._break(axes, 2 + 0.4 * self.gap)
-            for name in self.flat:
-                label = name.replace(" ", "\n", 1)
-                axes.text(
-                    self.flat_place(name),
-                    -0.025,
-                    label,
-                    transform=axes.get_xaxis_transform(),
-                    ha="center",
-                    va="top",
-                    fontsize=8,
-                    linespacing=0.95,
-                )
+            label = self.flat[0].replace(" ", "\n", 1) if len(self.flat) == 1 else "other\nsources"
+            middle = (self.flat_place(self.flat[0]) + self.end) / 2
+            transform = axes.get_xaxis_transform()
+            axes.text(middle, -0.03, label, transform=transform, ha="center", va="top", fontsize=8.5, linespacing=0.95)
 
     def _break(self, axes: Axes, place: float) -> None:
         """Two strokes over the axis, where it stops being one scale."""
-        half = 0.013 * (self.flat_place(self.flat[-1]) if self.flat else 2.0 - self.zero)
+        half = 0.013 * (self.end - self.zero)
         transform = axes.get_xaxis_transform()
         axes.plot(
             [place - half, place + half],
@@ -282,34 +310,38 @@ def _draw_line(axes: Axes, line: Line, scale: _Scale, style: tuple[str, str, str
         places = [scale.place(fraction) for fraction, _ in line.points]
     estimates = [value for _, value in line.points]
     widths = [value.half_width or 0.0 for value in estimates]
+    begin = 1 if len(places) > 1 and line.points[0][0] == 0 else 0
+    axes.plot(places[: begin + 1], [value.mean for value in estimates[: begin + 1]], ":", color=colour, linewidth=1.2)
     handle = axes.errorbar(
-        places,
-        [value.mean for value in estimates],
-        yerr=widths if any(widths) else None,
-        color=colour,
-        marker=marker,
+        places[begin:],
+        [value.mean for value in estimates[begin:]],
+        yerr=widths[begin:] if any(widths) else None,
         linestyle=dashes,
-        markersize=6,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
-        linewidth=1.8,
-        elinewidth=1.2,
-        capsize=3,
-        zorder=5,
+        **_markers(colour, marker),
     )
+    if begin:  # the way from zero crosses the break of the axis, so it is no part of the line
+        zero_width = widths[:1] if any(widths) else None
+        axes.errorbar(places[:1], [estimates[0].mean], yerr=zero_width, **_markers(colour, marker))
+    aside = 0.022 * (scale.end - scale.zero)
     for place, value in zip(places, estimates, strict=True):
         if len(value.values) > 1:
-            axes.plot(
-                [place] * len(value.values),
-                value.values,
-                ".",
-                color=colour,
-                alpha=0.4,
-                markersize=5,
-                zorder=4,
-                markeredgewidth=0,
-            )
+            x = [place + aside] * len(value.values)
+            axes.plot(x, value.values, ".", color=colour, alpha=0.55, markersize=5.5, markeredgewidth=0, zorder=4)
     return handle
+
+
+def _markers(colour: str, marker: str) -> dict[str, Any]:
+    edge = {"markeredgecolor": "white", "markeredgewidth": 0.8}
+    bars = {"elinewidth": 1.2, "capsize": 3}
+    return {"color": colour, "marker": marker, "markersize": 6.5, "linewidth": 1.8, "zorder": 5} | edge | bars
+
+
+def _x_label(figure: FigureConfig, scores: Sequence[Score]) -> str:
+    """With the number of pairs that 100% are, where all runs agree on it."""
+    if figure.x_label is not None:
+        return figure.x_label
+    full = {score.pairs for score in scores if score.fraction == 1 and score.source == "captions"} - {None}
+    return f"image-text pairs used (% of {full.pop():,})" if len(full) == 1 else "image-text pairs used (%)"
 
 
 def _words(metric: str) -> str:
@@ -331,7 +363,7 @@ def table_rows(scores: Sequence[Score], shown: Sequence[Panel]) -> list[list[str
             cells.append(str(estimate(values)) if values else "")
         rows.append([", ".join(filter(None, (point, variant))) or "all", *cells])
     of_panels = [{baseline.name: baseline.value for baseline in baselines(scores, panel)} for panel in shown]
-    for name in dict.fromkeys(name for of_panel in of_panels for name in of_panel):
+    for name in [name for _, name, _ in LEVELS if any(name in of_panel for of_panel in of_panels)]:
         rows.append([name, *(f"{of_panel[name]:.1f}" if name in of_panel else "" for of_panel in of_panels)])
     return rows
 
@@ -350,9 +382,9 @@ def markdown_table(scores: Sequence[Score], shown: Sequence[Panel], question: st
     return f"{question}\n\n{written}\n\n{table_note(scores)}\n"
 
 
-def rich_table(scores: Sequence[Score], shown: Sequence[Panel], question: str) -> Table:
+def rich_table(scores: Sequence[Score], shown: Sequence[Panel]) -> Table:
     header, *rows = table_rows(scores, shown)
-    table = Table(title=question, caption=table_note(scores), title_justify="left", caption_justify="left")
+    table = Table()
     table.add_column(header[0])
     for title in header[1:]:
         table.add_column(title, justify="right")
@@ -361,10 +393,6 @@ def rich_table(scores: Sequence[Score], shown: Sequence[Panel], question: str) -
     for number, row in enumerate(rows):
         table.add_row(*row, end_section=number == last_run, style="dim" if row[0] in baseline_names else None)
     return table
-
-
-def write_table(text: str, file: Path) -> None:
-    write_atomically(file, text)
 
 
 # --- TensorBoard -----------------------------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from vlm.config import Config, ConfigError, compose, did_you_mean, fingerprint
+from vlm.config import Config, ConfigError, apply_overrides, compose, did_you_mean, fingerprint
 from vlm.run import RESULT, RunConfig
 
 
@@ -22,10 +22,10 @@ class StageConfig(Config):
 
     config: str  # a name that `vlm show` knows
     overrides: tuple[str, ...] = ()
-    upstream: dict[str, str] = {}  # key of the run's config that takes a run folder -> an earlier stage
-    only: dict[str, tuple[str | int | float, ...]] = {}  # label -> the values of it that upstream runs may have
-    points: dict[str, dict[str, Any]] = {}  # named values of the independent variable, each a set of overrides
-    grid: dict[str, tuple[Any, ...]] = {}  # key -> values, crossed
+    upstream: dict[str, str] = Field({})  # key of the run's config that takes a run folder -> an earlier stage
+    only: dict[str, tuple[str | int | float, ...]] = Field({})  # label -> the values of it that upstream runs may have
+    points: dict[str, dict[str, Any]] = Field({})  # named values of the independent variable, each a set of overrides
+    grid: dict[str, tuple[Any, ...]] = Field({})  # key -> values, crossed
     seeds: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)  # None: the study's
 
 
@@ -41,7 +41,7 @@ class FigureConfig(Config):
     """What the figure and the table show. Without panels: the headline score of each task."""
 
     panels: tuple[PanelConfig, ...] = ()
-    x_label: str = "image-text pairs used (%)"
+    x_label: str | None = None  # None: the pairs, in percent
     y_label: str | None = None  # None: the metric's name
 
 
@@ -114,6 +114,11 @@ def plan(
     `overrides` hold for every run, or for those of one stage as `stage:key=value`.
     """
     _refuse_varied_keys(study, overrides)
+
+    @cache  # runs that differ only in where they start from are composed once, and then get their folders
+    def composed(config: str, settings: tuple[str, ...]) -> RunConfig:
+        return compose(config, settings, RunConfig, config_folder)
+
     jobs: dict[str, list[Job]] = {}
     for name, stage in study.stages.items():
         jobs[name] = []
@@ -121,6 +126,8 @@ def plan(
         _check_only(name, stage, [job for source in sources for job in jobs[source]])
         given = [override for override in overrides if ":" not in override.split("=")[0]]
         given += [override.removeprefix(f"{name}:") for override in overrides if override.startswith(f"{name}:")]
+        # In place of the folders the stages' names, so that a wrong key is found here.
+        fixed = [*(f"{key}={_written(source)}" for key, source in stage.upstream.items()), f"name={_written(name)}"]
         for seed in stage.seeds or study.seeds:
             candidates = [_of_seed(jobs[source], seed) for source in sources]
             for starts in itertools.product(*candidates):
@@ -133,8 +140,14 @@ def plan(
                     for label, value in place.items():
                         labels[label if label not in inherited else f"{name}.{label}"] = value
                     labels["seed"] = str(seed)
-                    everything = [*study.overrides, *stage.overrides, *settings, *given]
-                    jobs[name].append(_job(name, stage, everything, upstream, labels, folder, config_folder))
+                    own = [*fixed, f"seed={seed}", "trainer.progress=false"]
+                    every = (*study.overrides, *stage.overrides, *settings, *given, *own)
+                    try:
+                        base = composed(stage.config, every)
+                    except ConfigError as error:
+                        shown = ", ".join(f"{label} {value}" for label, value in labels.items())
+                        raise ConfigError(f"stage {name} ({shown}): {error}") from None
+                    jobs[name].append(_job(name, base, upstream, labels, folder))
     return [job for of_stage in jobs.values() for job in of_stage]
 
 
@@ -144,23 +157,17 @@ def distinct(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _job(
-    name: str,
-    stage: StageConfig,
-    overrides: Sequence[str],
+    stage: str,
+    base: RunConfig,
     upstream: Mapping[str, Job],
     labels: Mapping[str, str],
     folder: Path,
-    config_folder: Path | None,
 ) -> Job:
+    """The run of `base` that starts from these runs, in its folder under the study's."""
     references = [f"{key}={_written(str(job.folder))}" for key, job in upstream.items()]
-    own = [f"name={name}", f"seed={labels['seed']}", "trainer.progress=false"]
-    try:
-        config = compose(stage.config, [*overrides, *references, *own], RunConfig, config_folder)
-    except ConfigError as error:
-        place = ", ".join(f"{label} {value}" for label, value in labels.items())
-        raise ConfigError(f"stage {name} ({place}): {error}") from None
-    run_folder = folder.resolve() / "runs" / f"{name}-{fingerprint(config)}"
-    return Job(name, config.model_copy(update={"folder": run_folder}), upstream, labels)
+    config = apply_overrides(base, references) if references else base
+    run_folder = folder.resolve() / "runs" / f"{stage}-{fingerprint(config)}"
+    return Job(stage, config.model_copy(update={"folder": run_folder}), upstream, labels)
 
 
 def _places(stage: StageConfig) -> list[tuple[dict[str, str], list[str]]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 
 from vlm.config import did_you_mean, dump_yaml, fingerprint, load_yaml
 from vlm.errors import UserError
@@ -62,7 +63,9 @@ def run_study(
     folder = folder or Path("runs") / (file.parent.name if file.name == STUDY else file.stem)
     planned = plan(study, folder, overrides, config_folder)
     unfinished = [job for job in distinct(planned) if not job.is_finished]
-    console.print(f"[bold]{study.question}[/bold]\n{len(distinct(planned))} runs in {folder / 'runs'}", highlight=False)
+    console.print(
+        f"[bold]{escape(study.question)}[/bold]\n{len(distinct(planned))} runs in {folder / 'runs'}", highlight=False
+    )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / STUDY, dump_yaml(study))
     if unfinished:
@@ -76,13 +79,12 @@ def run_study(
     show(study, planned, folder, console)
     console.print(f"{round((time.monotonic() - start) / 60, 1)} minutes", highlight=False)
     if outcome.failed:
-        titles = {job.id: job for job in planned}
-        for name, reason in outcome.failed.items():
-            console.print(
-                f"\n[red]failed[/red] {titles[name].title} ({titles[name].folder / local.LOG})", highlight=False
-            )
-            console.print(reason, markup=False, highlight=False)
-        console.print(f"\n{len(outcome.failed)} failed, {len(outcome.skipped)} skipped. The same command tries again.")
+        failed = [job for job in distinct(planned) if job.id in outcome.failed]
+        for job in failed:
+            where = f"{escape(job.title)} ({job.folder / local.LOG})"
+            console.print(f"\n[red]failed[/red] {where}", highlight=False, soft_wrap=True)
+            console.print(outcome.failed[job.id], markup=False, highlight=False, soft_wrap=True)
+        console.print(f"\n{len(failed)} failed, {len(outcome.skipped)} skipped. The same command tries again.")
         raise SystemExit(1)
 
 
@@ -105,7 +107,9 @@ def show(study: StudyConfig, jobs: Sequence[Job], folder: Path, console: Console
     drawn = curves.draw(scores, shown, study.figure)
     curves.save(drawn, folder / "curve.png")
     curves.write_tensorboard(scores, shown, drawn, table, folder / "tensorboard")
-    console.print(curves.rich_table(scores, shown, study.question))
+    console.print(f"[bold]{escape(study.question)}[/bold]", highlight=False)
+    console.print(curves.rich_table(scores, shown))
+    console.print(curves.table_note(scores), highlight=False)
     console.print(f"figure  {folder / 'curve.png'}\ntable   {folder / 'table.md'}", highlight=False, soft_wrap=True)
     console.print(f"scores  {folder / 'results.csv'}", highlight=False, soft_wrap=True)
     console.print(f"curves  [bold]tensorboard --logdir {folder}[/bold]", highlight=False, soft_wrap=True)

@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# fmt: off
 T_975 = (
-    (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-    + (2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860)
-    + (2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423)
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+     2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+     2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
 )
+# fmt: on
 """97.5% quantiles of Student's t distribution for 1 to 30 degrees of freedom, as any statistics book tables them."""
 
 
@@ -39,7 +41,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def t_975(degrees: int) -> float:
-    """The t quantile of a two-sided 95% interval; above 30 degrees Cornish and Fisher's expansion, right to 4 digits."""
+    """The t quantile of a two-sided 95% interval; above 30 degrees by Cornish and Fisher's expansion."""
     if degrees < 1:
         raise ValueError(f"degrees of freedom must be at least 1. Got {degrees}")
     if degrees <= len(T_975):

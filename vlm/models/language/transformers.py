@@ -90,7 +90,9 @@ def _load(name: str, weights: Path | str | None) -> Any:
         library_logging.set_verbosity(verbosity)
     if report["missing_keys"]:  # the library would go on with random numbers
         lacking = sorted(report["missing_keys"])
-        raise UserError(f"{place}: {len(lacking)} tensors of {type(model).__name__} are missing, {lacking[0]} the first")
+        raise UserError(
+            f"{place}: {len(lacking)} tensors of {type(model).__name__} are missing, {lacking[0]} the first"
+        )
     return model
 
 

@@ -1,1 +1,1 @@
-"""Ways to run the jobs of a study. Each takes jobs, starts them once those they need are finished, and tells what failed."""
+"""Ways to run the jobs of a study. Each starts jobs after those they need, and tells what failed."""

@@ -115,7 +115,7 @@ def launch(
                     if any(start in outcome.failed or start in outcome.skipped for start in needed):
                         waiting.remove(job)
                         outcome.skipped.append(job.id)
-                        board.skipped(job)
+                        board.unfinished += 1
                     elif slots and all(start in outcome.finished for start in needed):
                         waiting.remove(job)
                         running.append(_start(job, slots.pop(0), work))
@@ -288,10 +288,7 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 def _failure(ended: _Running) -> str:
     code = ended.process.exitcode or 0
-    if code < 0:
-        reason = f"ended by {signal.Signals(-code).name}"
-    else:
-        reason = f"exit status {code}" if code else f"no {RESULT}"
+    reason = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}, no {RESULT}"
     log = ended.job.folder / LOG
     text = log.read_bytes()[ended.log_start :].decode(errors="replace") if log.is_file() else ""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
@@ -337,11 +334,7 @@ class _Board:
 
     def failed(self, one: _Running) -> None:
         self.unfinished += 1
-        self._line("[red]failed  [/red]", one.job, f"after {_clock(one.seconds)}")
-
-    def skipped(self, job: Job) -> None:
-        self.unfinished += 1
-        self._line("[yellow]skipped [/yellow]", job, "since it starts from a failed run")
+        self._line("[red]failed  [/red]", one.job, f"after {_clock(one.seconds)}; what starts from it is skipped")
 
     def show(self, waiting: Sequence[Job], running: Sequence[_Running]) -> None:
         if not self.live:

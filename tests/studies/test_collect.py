@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from made_up_study import Finished
+
+from vlm.run import RESULT
+from vlm.studies.collect import Score, collect, source_name, write_csv
+from vlm.studies.plan import plan
+from vlm.supervision import CaptionsConfig, MachineLabelsConfig, SupervisionConfig
+
+
+def select(scores: list[Score], **wanted: object) -> list[Score]:
+    return [score for score in scores if all(getattr(score, name) == value for name, value in wanted.items())]
+
+
+def test_each_score_carries_the_supervision_of_the_pretraining_behind_it(finished: Finished) -> None:
+    found = {score.point: (score.source, score.fraction, score.pairs) for score in select(finished.scores, task="gqa")}
+    assert found == {
+        "none": ("none", 0, 0),
+        "5%": ("captions", 0.05, 1000),
+        "100%": ("captions", 1, 20_000),
+        "labels": ("machine_labels", 1, 20_000),
+    }
+
+
+def test_every_metric_of_every_seed_is_a_row_and_baselines_are_columns(finished: Finished) -> None:
+    rows = select(finished.scores, stage="finetune", task="nlvr2")
+    assert len(rows) == 4 * 3 * 2
+    assert {score.metric for score in finished.scores if score.task == "retrieval"} == {
+        "styles/recall_at_1",
+        "styles/text_to_image/recall_at_5",
+    }
+    assert [score.score for score in select(rows, point="none", metric="accuracy")] == [50, 51, 52]
+
+
+def test_baselines_stand_beside_the_scores_that_they_are_comparable_to(finished: Finished) -> None:
+    def baselines(**wanted: object) -> set[tuple[float | None, float | None, float | None]]:
+        found = select(finished.scores, **wanted)
+        return {(score.question_only_score, score.question_prior, score.chance) for score in found}
+
+    assert baselines(task="nlvr2", metric="accuracy") == {(52, 50, None)}
+    assert baselines(task="nlvr2", metric="consistency") == {(26, None, None)}
+    assert baselines(task="gqa") == {(None, 40, None)}
+    assert baselines(metric="styles/recall_at_1") == {(None, None, 0.5)}
+    assert baselines(metric="styles/text_to_image/recall_at_5") == {(None, None, None)}
+
+
+def test_runs_without_a_result_are_left_out(finished: Finished, tmp_path: Path) -> None:
+    jobs = plan(finished.study, tmp_path)
+    assert collect(jobs, tmp_path) == []
+    chosen = next(job for job in jobs if job.stage == "finetune")
+    chosen.folder.mkdir(parents=True)
+    (chosen.folder / RESULT).write_text(json.dumps({"scores": {"accuracy": 50.0}}))
+    assert [(score.run, score.pairs) for score in collect(jobs, tmp_path)] == [(f"runs/{chosen.id}", None)]
+
+
+def test_the_file_has_a_line_a_score_and_no_machine_s_paths(finished: Finished, tmp_path: Path) -> None:
+    write_csv(finished.scores, tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(finished.scores)
+    assert all(row["run"].startswith("runs/") for row in rows)
+    five = next(row for row in rows if (row["point"], row["task"]) == ("5%", "nlvr2"))
+    assert five["score"] == "59.4574"  # 50 + 20 * 0.05^0.25
+    assert five["chance"] == ""
+
+
+def test_sources_of_a_mixture_are_all_named() -> None:
+    captions, labels = CaptionsConfig(weight=0.5), MachineLabelsConfig()
+    assert source_name(SupervisionConfig(sources=(labels, captions))) == "captions+machine_labels"
+    assert source_name(SupervisionConfig(sources=(labels, CaptionsConfig(weight=0)))) == "machine_labels"
+    assert source_name(SupervisionConfig(fraction=0)) == "none"

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from made_up_study import Finished
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vlm.studies import curves
+from vlm.studies.plan import FigureConfig, PanelConfig
+
+
+@pytest.fixture(scope="module")
+def nlvr2() -> curves.Panel:
+    return curves.Panel("nlvr2", "accuracy", "NLVR2", True)
+
+
+def test_the_default_panels_are_the_headlines_of_the_tasks(finished: Finished) -> None:
+    found = curves.panels(FigureConfig(), finished.jobs)
+    assert [(panel.title, panel.metric) for panel in found] == [
+        ("GQA", "accuracy"),
+        ("NLVR2", "accuracy"),
+        ("Retrieval", "recall_at_1"),
+    ]
+    asked = FigureConfig(panels=(PanelConfig(task="nlvr2", metric="consistency"),))
+    assert [(panel.title, panel.tag) for panel in curves.panels(asked, finished.jobs)] == [
+        ("NLVR2: consistency", "nlvr2/consistency")
+    ]
+
+
+def test_the_curve_of_captions_begins_without_pairs_and_labels_are_a_level(
+    finished: Finished, nlvr2: curves.Panel
+) -> None:
+    captions, labels = curves.lines(finished.scores, nlvr2)
+    assert [fraction for fraction, _ in captions.points] == [0, 0.05, 1]
+    assert [round(value.mean, 1) for _, value in captions.points] == [51, 60.5, 71]
+    assert not captions.is_flat
+    assert (labels.name, labels.is_flat, [value.mean for _, value in labels.points]) == ("machine labels", True, [61])
+
+
+def test_points_of_one_amount_are_never_averaged(finished: Finished, nlvr2: curves.Panel) -> None:
+    again = [
+        dataclasses.replace(score, point=f"{score.point} longer", score=score.score + 5)
+        for score in finished.scores
+        if score.point in ("5%", "labels")
+    ]
+    found = {line.name: line for line in curves.lines([*finished.scores, *again], nlvr2)}
+    assert list(found) == [
+        "image-text pairs",
+        "image-text pairs, 5% longer",
+        "machine labels",
+        "machine labels, labels longer",
+    ]
+    assert found["machine labels, labels longer"].points[0][1].mean == 66
+    assert len(found["machine labels"].points[0][1].values) == 3
+
+
+def test_blind_runs_are_a_baseline_and_no_point_of_the_curve(finished: Finished, nlvr2: curves.Panel) -> None:
+    assert not any(score.question_only for score in nlvr2.of(finished.scores))
+    levels = {baseline.name: baseline.value for baseline in curves.baselines(finished.scores, nlvr2)}
+    assert levels == {"question only, trained": 52, "most frequent answer": 50}
+
+
+def test_the_table_has_a_row_a_point_and_a_row_a_baseline(finished: Finished, nlvr2: curves.Panel) -> None:
+    gqa = curves.Panel("gqa", "accuracy", "GQA", True)
+    assert curves.table_rows(finished.scores, [gqa, nlvr2]) == [
+        ["pretraining", "GQA", "NLVR2"],
+        ["none", "61.0 ± 2.5", "51.0 ± 2.5"],
+        ["5%", "61.0 ± 2.5", "60.5 ± 2.5"],
+        ["100%", "61.0 ± 2.5", "71.0 ± 2.5"],
+        ["labels", "61.0 ± 2.5", "61.0 ± 2.5"],
+        ["question only, trained", "", "52.0"],
+        ["most frequent answer", "40.0", "50.0"],
+    ]
+    written = curves.markdown_table(finished.scores, [gqa, nlvr2], "Why?")
+    assert written.startswith("Why?\n\n| pretraining | GQA | NLVR2 |\n| --- | ---: | ---: |\n| none | 61.0 ± 2.5 |")
+    assert "over 3 seeds" in written
+
+
+def test_the_figure_draws_what_the_panels_say(finished: Finished, tmp_path: Path) -> None:
+    shown = curves.panels(FigureConfig(), finished.jobs)
+    drawn = curves.draw(finished.scores, shown, FigureConfig())
+    curves.save(drawn, tmp_path / "curve.png")
+    pixels = matplotlib.image.imread(tmp_path / "curve.png")
+    assert pixels.shape[1] > 1000 and pixels[..., :3].std() > 0.01
+    # No run gave "recall_at_1" itself, so retrieval has no panel.
+    assert [axes.get_title(loc="left") for axes in drawn.axes] == ["GQA", "NLVR2"]
+    axes = drawn.axes[1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "5", "100"]
+    assert axes.get_xlabel() == "image-text pairs used (% of 20,000)"
+    assert drawn.axes[0].get_ylabel() == "accuracy (%)"
+    names = [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert names == ["image-text pairs", "machine labels", "question only, trained", "most frequent answer"]
+
+
+def test_zero_stands_left_of_every_fraction_and_sources_right_of_all(finished: Finished, nlvr2: curves.Panel) -> None:
+    scale = curves._Scale.of(curves.lines(finished.scores, nlvr2))
+    places = [scale.place(fraction) for fraction in scale.fractions]
+    assert scale.fractions == (0, 0.05, 1)
+    assert places == sorted(places) and places[1] - places[0] > 0.3
+    assert scale.flat_place("machine labels") > places[-1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_reads_the_curve_back(finished: Finished, nlvr2: curves.Panel, tmp_path: Path) -> None:
+    drawn = curves.draw(finished.scores, [nlvr2], FigureConfig())
+    for _ in range(2):  # writing again replaces
+        curves.write_tensorboard(finished.scores, [nlvr2], drawn, "| a table |", tmp_path)
+
+    def read(run: str) -> EventAccumulator:
+        return EventAccumulator(str(tmp_path / "curve" / run)).Reload()
+
+    def points(run: str) -> list[tuple[int, float]]:
+        return [(event.step, round(event.value, 2)) for event in read(run).Scalars("supervision_curve/nlvr2")]
+
+    assert points("NLVR2 image-text pairs") == [(0, 51), (500, 60.46), (10_000, 71)]
+    assert points("NLVR2 machine labels") == [(0, 61), (10_000, 61)]
+    assert points("NLVR2 question only, trained") == [(0, 52), (10_000, 52)]
+    beside = read("figure and table")
+    assert len(beside.Images("supervision_curve")) == 1
+    text = beside.Tensors("supervision_curve/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| a table |" in text and "basis point" in text
