@@ -1,29 +1,24 @@
 """Where the data comes from. Every kind ends in one folder layout, the data root:
 
-    pairs/{train,validation}      shards of images with captions, machine labels, class names
-    unimodal/{train,validation}   shards of images with class names only
-    texts/{train,validation}.txt  unpaired texts, one a line
-    vqav2/ gqa/ nlvr2/            official question files, and `images`: shards keyed by the images' names
-    retrieval/                    sets of held-out captions, and their images
+pairs/{train,validation}      shards of images with captions, machine labels, class names
+unimodal/{train,validation}   shards of images with class names only
+texts/{train,validation}.txt  unpaired texts, one a line
+vqav2/ gqa/ nlvr2/            official question files, and `images`: shards keyed by the images' names
+retrieval/                    sets of held-out captions, and their images
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt
 
+from data_loaders.cache import cache_folder
 from data_loaders.prepare.emoji import EmojiConfig
 from data_loaders.world import WorldConfig
 from vlm.config import Config, fingerprint, not_identity
 from vlm.errors import UserError
-
-
-def cache_folder() -> Path:
-    """Where prepared and fetched data is kept: `$VLM_CACHE`, else `~/.cache/vlm`."""
-    return Path(os.environ.get("VLM_CACHE") or Path.home() / ".cache" / "vlm")
 
 
 class DataOptions(Config):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,13 +12,11 @@ from torch import Tensor
 
 from data_loaders.shards import ShardReader
 from data_loaders.transforms import ImageTransform
-from vlm.config import CustomConfig
 from vlm.errors import UserError
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.supervision import SourceConfig
-from vlm.supervision.sources import key_random, supervise
-from vlm.tasks.task import Task
-from vlm.types import Batch, Question
+from vlm.supervision.sources import supervise
+from vlm.types import Batch, Example, Question, Record
 
 
 class PairBatches:
@@ -46,10 +43,11 @@ class PairBatches:
     def batch(self, positions: Sequence[int]) -> Batch:
         examples = [supervise(self.reader[int(self.positions[at])], self.sources) for at in positions]
         extra = [self.reader[int(self.positions[at])] for at in self._other(len(positions))]
-        images = [self.transform(example.image, example.key) for example in [*examples, *extra]]
+        shown: list[Example | Record] = [*examples, *extra]
+        images = [self.transform(item.image, item.key) for item in shown]
         ids, mask, special = self.tokenizer([example.text for example in examples])
         return Batch(
-            keys=tuple(example.key for example in [*examples, *extra]),
+            keys=tuple(item.key for item in shown),
             image=torch.stack(images),
             text_ids=ids,
             text_mask=mask,
@@ -146,7 +144,9 @@ class QuestionBatches:
         try:
             return self.transform(self.reader[self.reader.position(key)].image, key)
         except KeyError:
-            raise UserError(f"{self.reader.index.folder}: a question asks for image {key!r}, which is not here") from None
+            raise UserError(
+                f"{self.reader.index.folder}: a question asks for image {key!r}, which is not here"
+            ) from None
 
     def _targets(self, questions: Sequence[Question]) -> Tensor:
         soft = [self.target(question) for question in questions]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlm.types import Batch
 
 
+@runtime_checkable
 class BatchSource(Protocol):
     """A set of examples that can make a batch of any of them."""
 

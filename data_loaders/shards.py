@@ -9,6 +9,7 @@ The tars are plain WebDataset tars: `webdataset.WebDataset(...)` reads them too.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -96,7 +97,7 @@ def write_shards(records: Iterable[Record], folder: Path, examples_per_shard: in
                 }
             )
         columns = np.array(places, dtype=np.int64).reshape(len(ordered), 5)
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "hashes": np.array([ring_hash(record.key) for record in ordered], dtype=np.int64),
             "shard": columns[:, 0].astype(np.int32),
             "image_offset": columns[:, 1].copy(),
@@ -123,11 +124,15 @@ def open_index(folder: Path) -> Index:
         header = json.loads((folder / "index.json").read_text())
         arrays = load_file(folder / "index.safetensors")
     except FileNotFoundError as error:
-        raise ShardError(f"{folder}: no shards here ({Path(error.filename).name} is missing). Prepare them first") from None
+        raise ShardError(
+            f"{folder}: no shards here ({Path(error.filename).name} is missing). Prepare them first"
+        ) from None
     except Exception as error:
         raise ShardError(f"{folder}: the index cannot be read ({error}). Prepare the shards again") from None
     if header.get("format") != FORMAT:
-        raise ShardError(f"{folder}/index.json: format {header.get('format')} is not {FORMAT}. Prepare the shards again")
+        raise ShardError(
+            f"{folder}/index.json: format {header.get('format')} is not {FORMAT}. Prepare the shards again"
+        )
     if set(arrays) != set(ARRAYS) or {len(array) for array in arrays.values()} != {header["examples"]}:
         raise ShardError(f"{folder}/index.safetensors: does not match index.json. Prepare the shards again")
     for shard in header["shards"]:
@@ -198,7 +203,7 @@ def _check_keys(ordered: list[Record], folder: Path) -> None:
     for record in ordered:
         if not KEY_PATTERN.fullmatch(record.key):
             raise ShardError(f"{folder}: key {record.key!r} must be letters, digits, '_' or '-', 200 at most")
-    for first, second in zip(ordered, ordered[1:], strict=False):
+    for first, second in itertools.pairwise(ordered):
         if ring_hash(first.key) == ring_hash(second.key):
             raise ShardError(f"{folder}: keys {first.key!r} and {second.key!r} collide; keys must be unique")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -20,7 +19,6 @@ from vlm.tasks.retrieval import RetrievalTask, retrieval_scores
 from vlm.tasks.task import Task
 from vlm.training.finetuning import Finetuning, answer_logits
 from vlm.training.module import TrainingModule
-from vlm.types import View
 
 if TYPE_CHECKING:
     from vlm.run import RunConfig
@@ -41,9 +39,7 @@ def evaluate_answers(config: RunConfig, root: Path, module: TrainingModule, toke
     transform = image_transform(config, module.model, training=False)
     source = question_batches(task, root, questions, module.answers, transform, tokenizer)
     rank, world_size = _rank()
-    loader = evaluation_loader(
-        source, config.trainer.evaluation_batch_size, rank, world_size, config.data.num_workers
-    )
+    loader = evaluation_loader(source, config.trainer.evaluation_batch_size, rank, world_size, config.data.num_workers)
     device = _device()
     module.to(device).eval()
     predictions: dict[str, str] = {}
@@ -112,9 +108,7 @@ def match_matrix(
         for start in _bar(range(0, len(texts)), "matching", config.trainer.progress):
             ids, mask, _ = tokenizer(texts[start : start + 1])
             text_states = model.encode_text(ids.to(device), mask.to(device))
-            row = [
-                head(model.fuse_all(part, text_states, mask.to(device))) for part in image_states.split(size)
-            ]
+            row = [head(model.fuse_all(part, text_states, mask.to(device))) for part in image_states.split(size)]
             logits = torch.cat(row)
             rows.append((logits[:, 1] - logits[:, 0]).float().cpu())
     return torch.stack(rows)
@@ -122,11 +116,11 @@ def match_matrix(
 
 def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Score a fine-tuned run again from its checkpoint, on the split that its config or `overrides` name."""
-    from vlm.run import CONFIG, build_finetuning, build_model, build_tokenizer, config_with
-    from vlm.run import RunConfig as RunConfig_
-    from vlm.config import load_yaml
+    from vlm.config import apply_overrides, load_yaml
+    from vlm.run import CONFIG, build_finetuning, build_model, build_tokenizer
+    from vlm.run import RunConfig as Run
 
-    config = config_with(load_yaml(folder / CONFIG, RunConfig_), overrides).model_copy(update={"folder": folder})
+    config = apply_overrides(load_yaml(folder / CONFIG, Run), overrides).model_copy(update={"folder": folder})
     root = config.data.prepare()
     tokenizer, model = build_tokenizer(config, root), build_model(config)
     if isinstance(config.task, RetrievalTask):

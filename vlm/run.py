@@ -6,7 +6,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,14 +89,14 @@ class TrainerConfig(Config):
 class RunConfig(Config):
     """Everything that decides a run's numbers. With a `task` it is a fine-tuning, otherwise a pretraining."""
 
-    name: str = Field("run", pattern=r"[A-Za-z0-9_-]+")
+    name: str = Field("run", pattern=r"^[A-Za-z0-9_-]+$")
     folder: Path | None = not_identity(None)  # None: `runs/<name>-<fingerprint>`
     seed: NonNegativeInt = 0
     start_from: RunReference | None = None  # a run folder whose model this run continues
     data: DataConfig = WorldData()
     model: ModelConfig = ModelConfig()
     supervision: SupervisionConfig = SupervisionConfig()
-    objectives: dict[str, ObjectiveConfig] = {}
+    objectives: dict[str, ObjectiveConfig] = Field({})
     task: TaskConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -131,9 +130,15 @@ def without_weights(config: ModelConfig) -> ModelConfig:
     changed = {}
     for name in ("vision", "language"):
         encoder = getattr(config, name)
-        plain = {key: value for key, value in (("pretrained", False), ("weights", None)) if hasattr(encoder, key)}
+        plain: dict[str, Any] = {"pretrained": False} if hasattr(encoder, "pretrained") else {}
+        if _is_run(getattr(encoder, "weights", None)):
+            plain["weights"] = None
         changed[name] = encoder.model_copy(update=plain)
     return config.model_copy(update=changed)
+
+
+def _is_run(weights: Path | None) -> bool:
+    return weights is not None and (weights / CONFIG).is_file()
 
 
 def build_tokenizer(config: RunConfig, root: Path) -> Tokenizer:
@@ -156,11 +161,12 @@ def build_model(config: RunConfig) -> VisionLanguageModel:
         model = without_weights(config.model).build()
         load_component(model, config.start_from, "model")
         return model
-    model = config.model.build()
-    for name in ("vision", "language"):
-        weights = getattr(getattr(config.model, name), "weights", None)
-        if weights is not None and getattr(config.model, name).type == "tiny":
-            load_component(getattr(model, name), weights, f"model.{name}")
+    encoders = {name: getattr(config.model, name) for name in ("vision", "language")}
+    runs = {name: encoder.weights for name, encoder in encoders.items() if _is_run(getattr(encoder, "weights", None))}
+    changed = {name: getattr(without_weights(config.model), name) for name in runs}
+    model = config.model.model_copy(update=changed).build()
+    for name, run in runs.items():
+        load_component(getattr(model, name), run, f"model.{name}")
     return model
 
 
@@ -343,11 +349,6 @@ def train(config: RunConfig) -> Path:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         write_atomically(folder / RESULT, json.dumps(result, indent=1))
     return folder
-
-
-def config_with(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """The config with `key=value` overrides applied and validated again."""
-    return apply_overrides(config, overrides) if overrides else config
 
 
 def resume(folder: Path) -> Path:

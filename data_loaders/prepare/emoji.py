@@ -36,6 +36,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, model_validator
 
+from data_loaders.cache import cache_folder
 from data_loaders.shards import ring_hash, write_shards
 from vlm.config import Config
 from vlm.errors import UserError
@@ -220,11 +221,6 @@ def _write_retrieval(
 
 
 # --- Fetch -----------------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: `$VLM_CACHE`, or ~/.cache/vlm."""
-    return Path(os.environ.get("VLM_CACHE") or Path.home() / ".cache" / "vlm")
 
 
 def fetch_package(package: NpmPackage, cache: Path) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 from pydantic import Field, model_validator
 
 from vlm.config import Config
@@ -29,7 +27,7 @@ class WorldConfig(Config):
     annotator_noise: float = Field(0.05, ge=0, le=1)  # rate at which one VQAv2 annotator departs from the truth
 
     @model_validator(mode="after")
-    def _objects_fit(self) -> Self:
+    def _objects_fit(self) -> WorldConfig:
         if not self.min_objects <= self.max_objects <= self.grid**2:
             raise ValueError(
                 f"min_objects <= max_objects <= grid * grid must hold. "

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_loaders.cache import cache_folder
 from data_loaders.prepare.emoji import (
     CLASSIFIER_PACKAGE,
     PACKAGES,
     EmojiConfig,
     NpmPackage,
-    cache_folder,
     family,
     fetch_package,
     read_members,

@@ -175,6 +175,7 @@ def broken(**changes: dict[str, Any]) -> dict[str, Any]:
         (broken(finetune={"grid": {"task": ["gqaa"]}}), "task: unknown option 'gqaa'. Did you mean 'gqa'?"),
         (broken(pretrain={"points": {"5%": {"supervision.fraction": 5}}}), "(point 5%, seed 0): supervision.fraction"),
         (broken(pretrain={"config": "pretrian"}), "unknown config 'pretrian'. Did you mean 'pretrain'?"),
+        (broken(blind={"only": {"seed": [0]}}), "stages.blind.only.seed: unknown label. Available: point"),
         ({"seeds": []}, "seeds: needs at least 1 entries"),
     ],
 )

@@ -26,9 +26,7 @@ class VocabularyHead(nn.Sequential):
     """BERT's masked-word head: linear, GELU, norm, vocabulary. Give it states at masked positions only."""
 
     def __init__(self, width: int, vocabulary_size: int) -> None:
-        super().__init__(
-            nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, vocabulary_size)
-        )
+        super().__init__(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, vocabulary_size))
         self.apply(initialise)
 
 

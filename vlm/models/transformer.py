@@ -33,10 +33,12 @@ class Attention(nn.Module):
         mask = None if context_mask is None else context_mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        return self.output(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # nn.Module.__call__
+        output: Tensor = self.output(attended.transpose(1, 2).flatten(2))
+        return output
 
     def _heads(self, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b heads s e"]:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return heads
 
 
 class FeedForward(nn.Sequential):
@@ -68,8 +70,10 @@ class Residual(nn.Module):
             branch = self.branch(inner, inner if context is None else context, context_mask)
         else:
             branch = self.branch(inner)
-        summed = x + self.dropout(branch)
-        return summed if self.pre_norm else self.norm(summed)
+        summed: Tensor = x + self.dropout(branch)
+        if not self.pre_norm:
+            summed = self.norm(summed)
+        return summed
 
 
 class EncoderBlock(nn.Module):

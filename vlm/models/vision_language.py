@@ -51,7 +51,7 @@ class VisionLanguageModel(nn.Module):
 
     def encode_image(self, image: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b p dv"]:
         """States of the vision encoder alone. Pixels are bytes and are normalised here, on the device."""
-        pixels = (image - self.pixel_mean) / self.pixel_std
+        pixels = (image - cast(Tensor, self.pixel_mean)) / cast(Tensor, self.pixel_std)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.frozen):
             return self.vision(pixels)  # type: ignore[no-any-return]
 

@@ -61,6 +61,12 @@ class ImageClassesConfig(Config):
         return ImageClasses(model, classes)
 
 
+class CustomObjectiveConfig(CustomConfig):
+    """A class from outside, built with (model, tokenizer, classes) and `options`."""
+
+    weight: NonNegativeFloat = 1.0
+
+
 ObjectiveConfig = Annotated[
-    MaskedLanguageConfig | MatchingConfig | ImageClassesConfig | CustomConfig, Field(discriminator="type")
+    MaskedLanguageConfig | MatchingConfig | ImageClassesConfig | CustomObjectiveConfig, Field(discriminator="type")
 ]

@@ -121,33 +121,28 @@ def plan(
 
     jobs: dict[str, list[Job]] = {}
     for name, stage in study.stages.items():
-        jobs[name] = []
-        sources = list(dict.fromkeys(stage.upstream.values()))
-        _check_only(name, stage, [job for source in sources for job in jobs[source]])
+        _check_only(name, stage, [job for source in stage.upstream.values() for job in jobs[source]])
         given = [override for override in overrides if ":" not in override.split("=")[0]]
         given += [override.removeprefix(f"{name}:") for override in overrides if override.startswith(f"{name}:")]
         # In place of the folders the stages' names, so that a wrong key is found here.
-        fixed = [*(f"{key}={_written(source)}" for key, source in stage.upstream.items()), f"name={_written(name)}"]
+        given += [f"{key}={_written(source)}" for key, source in stage.upstream.items()]
+        given += [f"name={_written(name)}", "trainer.progress=false"]
+        jobs[name] = []
         for seed in stage.seeds or study.seeds:
-            candidates = [_of_seed(jobs[source], seed) for source in sources]
-            for starts in itertools.product(*candidates):
-                inherited = _common_labels(starts)
-                if inherited is None or not _passes(stage, inherited):
-                    continue
-                upstream = {key: starts[sources.index(source)] for key, source in stage.upstream.items()}
-                for place, settings in _places(stage):
-                    labels = dict(inherited)
-                    for label, value in place.items():
-                        labels[label if label not in inherited else f"{name}.{label}"] = value
-                    labels["seed"] = str(seed)
-                    own = [*fixed, f"seed={seed}", "trainer.progress=false"]
-                    every = (*study.overrides, *stage.overrides, *settings, *given, *own)
-                    try:
-                        base = composed(stage.config, every)
-                    except ConfigError as error:
-                        shown = ", ".join(f"{label} {value}" for label, value in labels.items())
-                        raise ConfigError(f"stage {name} ({shown}): {error}") from None
-                    jobs[name].append(_job(name, base, upstream, labels, folder))
+            for (upstream, inherited), (place, settings) in itertools.product(
+                _starts(stage, jobs, seed), _places(stage)
+            ):
+                own = {label if label not in inherited else f"{name}.{label}": value for label, value in place.items()}
+                labels = inherited | own | {"seed": str(seed)}
+                every = (*study.overrides, *stage.overrides, *settings, *given, f"seed={seed}")
+                try:
+                    base = composed(stage.config, every)
+                except ConfigError as error:
+                    shown = ", ".join(f"{label} {value}" for label, value in labels.items())
+                    raise ConfigError(f"stage {name} ({shown}): {error}") from None
+                jobs[name].append(_job(name, base, upstream, labels, folder))
+        if not jobs[name]:
+            raise ConfigError(f"stages.{name}: no upstream run passes, so the stage has none")
     return [job for of_stage in jobs.values() for job in of_stage]
 
 
@@ -183,34 +178,42 @@ def _places(stage: StageConfig) -> list[tuple[dict[str, str], list[str]]]:
     return places
 
 
+def _starts(
+    stage: StageConfig, jobs: Mapping[str, Sequence[Job]], seed: int
+) -> list[tuple[dict[str, Job], dict[str, str]]]:
+    """What a stage's runs of one seed may start from: upstream runs by key, and the labels that they agree on.
+
+    Runs of two upstream stages that stand at different places of an axis they share are never joined.
+    """
+    sources = list(dict.fromkeys(stage.upstream.values()))
+    found = []
+    for starts in itertools.product(*(_of_seed(jobs[source], seed) for source in sources)):
+        labels: dict[str, str] = {}
+        every = [(label, value) for job in starts for label, value in job.labels.items() if label != "seed"]
+        agree = all(labels.setdefault(label, value) == value for label, value in every)
+        wanted = {label: {_label(value) for value in values} for label, values in stage.only.items()}
+        if agree and all(labels.get(label) in values for label, values in wanted.items()):
+            found.append(({key: starts[sources.index(source)] for key, source in stage.upstream.items()}, labels))
+    return found
+
+
 def _of_seed(jobs: Sequence[Job], seed: int) -> list[Job]:
     same = [job for job in jobs if job.labels["seed"] == str(seed)]
     return same or [job for job in jobs if job.labels["seed"] == jobs[0].labels["seed"]]
 
 
-def _common_labels(starts: Sequence[Job]) -> dict[str, str] | None:
-    """The labels of runs that one run starts from; None if they stand at different places of a shared axis."""
-    labels: dict[str, str] = {}
-    for job in starts:
-        for label, value in job.labels.items():
-            if label != "seed" and labels.setdefault(label, value) != value:
-                return None
-    return labels
-
-
-def _passes(stage: StageConfig, labels: Mapping[str, str]) -> bool:
-    return all(labels.get(label) in {_label(value) for value in values} for label, values in stage.only.items())
-
-
 def _check_only(name: str, stage: StageConfig, upstream: Sequence[Job]) -> None:
+    known: dict[str, dict[str, None]] = {}  # label -> its values, in order
+    for job in upstream:
+        for label, found in job.labels.items():
+            if label != "seed":
+                known.setdefault(label, {})[found] = None
     for label, values in stage.only.items():
-        known = list(dict.fromkeys(job.labels[label] for job in upstream if label in job.labels))
-        if not known:
-            labels = dict.fromkeys(label for job in upstream for label in job.labels)
-            raise ConfigError(f"stages.{name}.only.{label}: unknown label. {did_you_mean(label, labels)}")
+        if label not in known:
+            raise ConfigError(f"stages.{name}.only.{label}: unknown label. {did_you_mean(label, known)}")
         for value in values:
-            if _label(value) not in known:
-                near = did_you_mean(_label(value), known)
+            if _label(value) not in known[label]:
+                near = did_you_mean(_label(value), known[label])
                 raise ConfigError(f"stages.{name}.only.{label}: no upstream run has {_label(value)!r}. {near}")
 
 

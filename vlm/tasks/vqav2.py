@@ -36,9 +36,7 @@ class VQAv2Task(Task):
         return [self._question(row, rows[row["question_id"]], name) for row in questions]
 
     def vocabulary(self, root: Path) -> tuple[str, ...]:
-        counts = Counter(
-            Counter(question.answers).most_common(1)[0][0] for question in self.read(root, "train")
-        )
+        counts = Counter(Counter(question.answers).most_common(1)[0][0] for question in self.read(root, "train"))
         return tuple(sorted(answer for answer, count in counts.items() if count >= self.min_occurrences))
 
     def target(self, question: Question, answer_ids: Mapping[str, int]) -> dict[int, float]:

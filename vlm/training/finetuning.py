@@ -17,9 +17,7 @@ from vlm.training.optimizer import OptimizerConfig
 from vlm.types import Batch, View
 
 
-def answer_logits(
-    model: VisionLanguageModel, head: nn.Module, batch: Batch
-) -> Float[Tensor, "b k"]:
+def answer_logits(model: VisionLanguageModel, head: nn.Module, batch: Batch) -> Float[Tensor, "b k"]:
     """Logits over the answers from the pooled pairs of each text with its one or more images.
 
     All images go through the encoder in one pass and each text through its encoder once.

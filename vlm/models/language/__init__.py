@@ -63,4 +63,16 @@ class TransformersLanguageConfig(Config):
         return Tokenizer(load_tokenizer(self.name, self.weights), self.max_tokens)
 
 
-LanguageConfig = Annotated[TinyLanguageConfig | TransformersLanguageConfig | CustomConfig, Field(discriminator="type")]
+class CustomLanguageConfig(CustomConfig):
+    """A class from outside. `build_tokenizer(texts, max_tokens)` is to be a static method of it."""
+
+    max_tokens: PositiveInt = 50
+
+    def build_tokenizer(self, texts: Path) -> Tokenizer:
+        tokenizer: Tokenizer = self.load().build_tokenizer(texts, self.max_tokens)
+        return tokenizer
+
+
+LanguageConfig = Annotated[
+    TinyLanguageConfig | TransformersLanguageConfig | CustomLanguageConfig, Field(discriminator="type")
+]

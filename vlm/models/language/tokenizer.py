@@ -59,9 +59,7 @@ class Tokenizer:
     def save(self, file: Path) -> None:
         file.write_text(self.backend.to_str(pretty=True))
 
-    def __call__(
-        self, texts: Sequence[str]
-    ) -> tuple[Int[Tensor, "n l"], Bool[Tensor, "n l"], Bool[Tensor, "n l"]]:
+    def __call__(self, texts: Sequence[str]) -> tuple[Int[Tensor, "n l"], Bool[Tensor, "n l"], Bool[Tensor, "n l"]]:
         """Ids, mask (True at real tokens) and special mask (True at CLS, SEP and padding) of a batch of texts."""
         encodings = self.backend.encode_batch(list(texts))
         ids = torch.tensor([encoding.ids for encoding in encodings])

@@ -8,6 +8,7 @@ with a clean state, and dies alone. The server is single-threaded, and CUDA is f
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -66,6 +67,7 @@ class Slot:
     def environment(self) -> dict[str, str]:
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         environment = dict.fromkeys(names, str(self.threads)) | {"TOKENIZERS_PARALLELISM": "false"}
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for GPUs must not start CUDA before the fork
         return environment | {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else environment
 
 
@@ -309,6 +311,10 @@ class _Board:
         self.total = len(jobs)
         self.known: dict[str, list[float]] = {}
         self.begin = time.monotonic()
+        for job in jobs:
+            if job.is_finished:
+                seconds = json.loads((job.folder / RESULT).read_text()).get("seconds")
+                self.known.setdefault(job.stage, []).extend([] if seconds is None else [seconds])
         self.done = sum(job.is_finished for job in jobs)
         self.unfinished = 0  # failed or skipped
         if self.done:

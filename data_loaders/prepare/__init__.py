@@ -1,0 +1,1 @@
+"""From releases as they are downloaded to a data root."""
