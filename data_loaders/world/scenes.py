@@ -110,6 +110,11 @@ class Scene:
         """The distinct "color shape" names, in alphabetical order."""
         return tuple(sorted({thing.name for thing in self.things}))
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The distinct colors and shapes, in alphabetical order. Which color goes with which shape is not told."""
+        return tuple(sorted({word for name in self.names for word in name.split()}))
+
 
 def _mixed(value: np.ndarray) -> np.ndarray:
     """A well-spread hash of uint64 (the finalizer of splitmix64)."""

@@ -122,7 +122,7 @@ def paired_records(config: WorldConfig, part: str, number: int) -> Iterator[Reco
             captions=(caption(scene, config.grid, words),),
             labels=tuple(name for name, _ in labels),
             scores=tuple(score for _, score in labels),
-            classes=scene.names,
+            classes=scene.classes,
         )
 
 
@@ -130,7 +130,7 @@ def unimodal_records(config: WorldConfig, part: str, number: int) -> Iterator[Re
     """Images with their true classes and no text."""
     scenes = list(islice(scenes_of(config, part), number))
     for place, (scene, image) in enumerate(zip(scenes, draw(scenes, config, pixels(config, part)), strict=True)):
-        yield Record(key=f"{part.replace('/', '-')}-{place:08d}", image=image, classes=scene.names)
+        yield Record(key=f"{part.replace('/', '-')}-{place:08d}", image=image, classes=scene.classes)
 
 
 def unpaired_texts(config: WorldConfig, part: str, number: int) -> Iterator[str]:
