@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeInt
 
 from data_loaders.cache import cache_folder
 from data_loaders.prepare.emoji import EmojiConfig
-from data_loaders.world import WorldConfig
+from data_loaders.world import FORMAT, WorldConfig
 from vlm.config import Config, fingerprint, not_identity
 from vlm.errors import UserError
 
@@ -37,7 +37,7 @@ class WorldData(DataOptions):
 
     @property
     def root(self) -> Path:
-        return cache_folder() / f"world-{fingerprint(self.world)}"
+        return cache_folder() / f"world-{FORMAT}-{fingerprint(self.world)}"
 
     def prepare(self, progress: bool = True) -> Path:
         """The data root, made if it is not there."""

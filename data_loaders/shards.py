@@ -120,25 +120,44 @@ def write_shards(records: Iterable[Record], folder: Path, examples_per_shard: in
 
 def open_index(folder: Path) -> Index:
     """Read a shard folder's index; the tars themselves are not opened."""
+    header_file, array_file = folder / "index.json", folder / "index.safetensors"
+    for file in (header_file, array_file):
+        if not file.is_file():
+            raise ShardError(f"{folder}: no shards here ({file.name} is missing). Prepare them first")
     try:
-        header = json.loads((folder / "index.json").read_text())
-        arrays = load_file(folder / "index.safetensors")
-    except FileNotFoundError as error:
-        raise ShardError(
-            f"{folder}: no shards here ({Path(error.filename).name} is missing). Prepare them first"
-        ) from None
+        header = json.loads(header_file.read_text(encoding="utf-8"))
+        version = header.get("format")
+        shards = tuple(header["shards"]) if version == FORMAT else ()
+        names, sizes = [str(shard["file"]) for shard in shards], [int(shard["bytes"]) for shard in shards]
+        num_examples = int(header["examples"]) if version == FORMAT else 0
     except Exception as error:
-        raise ShardError(f"{folder}: the index cannot be read ({error}). Prepare the shards again") from None
-    if header.get("format") != FORMAT:
-        raise ShardError(
-            f"{folder}/index.json: format {header.get('format')} is not {FORMAT}. Prepare the shards again"
-        )
-    if set(arrays) != set(ARRAYS) or {len(array) for array in arrays.values()} != {header["examples"]}:
-        raise ShardError(f"{folder}/index.safetensors: does not match index.json. Prepare the shards again")
-    for shard in header["shards"]:
-        if not re.fullmatch(r"[0-9]+\.tar", shard["file"]):
-            raise ShardError(f"{folder}/index.json: shard name {shard['file']!r} is not NUMBER.tar")
-    return Index(folder, tuple(header["shards"]), **arrays)
+        raise ShardError(f"{header_file}: cannot be read ({error!r}). Prepare the shards again") from None
+    if version != FORMAT:
+        raise ShardError(f"{header_file}: format {version} is not {FORMAT}. Prepare the shards again")
+    for name in names:
+        if not re.fullmatch(r"[0-9]+\.tar", name):
+            raise ShardError(f"{header_file}: shard name {name!r} is not NUMBER.tar")
+    try:
+        arrays = load_file(array_file)
+    except Exception as error:
+        raise ShardError(f"{array_file}: cannot be read ({error}). Prepare the shards again") from None
+    if not _agree(arrays, num_examples, np.array(sizes, dtype=np.int64)):
+        raise ShardError(f"{array_file}: does not match index.json. Prepare the shards again")
+    return Index(folder, shards, **arrays)
+
+
+def _agree(arrays: dict[str, np.ndarray], num_examples: int, shard_bytes: np.ndarray) -> bool:
+    """Whether the arrays have an entry an example, in the ring's order, and every place lies inside its shard."""
+    if set(arrays) != set(ARRAYS):
+        return False
+    if any(array.shape != (num_examples,) or array.dtype.kind != "i" for array in arrays.values()):
+        return False
+    shard = arrays["shard"]
+    if any((array < 0).any() for array in arrays.values()) or (shard >= len(shard_bytes)).any():
+        return False
+    ends = shard_bytes[shard]
+    inside = [(arrays[f"{part}_offset"] <= ends - arrays[f"{part}_size"]).all() for part in ("image", "json")]
+    return all(inside) and bool((np.diff(arrays["hashes"]) > 0).all())
 
 
 class ShardReader:

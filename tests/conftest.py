@@ -4,11 +4,15 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from jaxtyping import install_import_hook
 
 # Before torch is imported: the test processes share the cores, and more threads than cores are slower than one.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no network
 os.environ["MPLBACKEND"] = "Agg"  # no display
+
+# Before our modules are imported: the types and shapes in their signatures are checked at every call of a test.
+install_import_hook(["vlm", "data_loaders"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session", autouse=True)

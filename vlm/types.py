@@ -70,13 +70,13 @@ class Batch:
 
 @dataclass(slots=True, eq=False)
 class View:
-    """What one objective wants encoded: images alone, texts alone, or image-text pairs.
+    """What one objective wants encoded: images alone, texts alone, both apart in the fusion's width, or fused pairs.
 
     Views that hold the *same* `text_ids` tensor share one pass through the language encoder, and all views share one
     pass of the batch's images through the vision encoder.
     """
 
-    kind: Literal["image", "text", "pair"]
+    kind: Literal["image", "text", "apart", "pair"]
     text_ids: Int[Tensor, "b l"] | None = None
     text_mask: Bool[Tensor, "b l"] | None = None
     text_index: Int[Tensor, " n"] | None = None  # which text each pair takes; None: all, in order
@@ -86,7 +86,7 @@ class View:
 
 @dataclass(slots=True)
 class Encoded:
-    """Final states of one view. A pair has both; its width d is the fusion's, else the encoder's own."""
+    """Final states of one view: of width d of the encoder alone, or of the fusion's for "apart" and "pair"."""
 
     text: Float[Tensor, "n l d"] | None = None
     image: Float[Tensor, "n p d"] | None = None

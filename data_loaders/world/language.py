@@ -37,7 +37,8 @@ def caption(scene: Scene, grid: int, rng: np.random.Generator) -> str:
     if chance < RELATION_FRACTION and (said := _relation(scene, rng)):
         text = said
     elif chance < RELATION_FRACTION + LISTING_FRACTION:
-        text = _listing(_groups(scene, rng), scene)
+        groups = _groups(scene, rng)
+        text = _listing(groups if rng.random() < 0.5 else groups[: 1 + int(rng.integers(len(groups)))], scene)
     elif chance < RELATION_FRACTION + LISTING_FRACTION + PART_FRACTION:
         text = _part_listing(scene, rng)
     else:

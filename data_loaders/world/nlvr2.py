@@ -14,11 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from data_loaders.world.config import WorldConfig
-from data_loaders.world.questions import HARD_FRACTION
 from data_loaders.world.scenes import NUMBERS, Phrase, Pool, Scene, pick, random_phrase, stream, two_phrases
 
 SPLITS = {"train": "train", "validation": "dev", "test": "test1"}
 PAIRS_PER_SENTENCE = 4
+
+PLAIN_FRACTION = 0.9
+PLAIN = {
+    "both images contain a {}",
+    "at least one image contains a {}",
+    "the left image contains a {}",
+    "the right image contains a {}",
+}
 
 Role = tuple[tuple[Phrase, int], ...]
 """What an image must show: each phrase exactly so many times, or at least once where the number is `SOME`."""
@@ -51,19 +58,19 @@ def _containing(phrase: Phrase, rng: np.random.Generator) -> Statement:
     has: Role = ((phrase, SOME),)
     lacks: Role = ((phrase, 0),)
     left, right, both, neither = (has, lacks), (lacks, has), (has, has), (lacks, lacks)
-    exactly_one = ("exactly one image contains a {}", (left, right), (both, neither))
     family: tuple[tuple[str, TwoPairs, TwoPairs], ...] = (
-        exactly_one,
-        exactly_one,  # twice, because one image alone says nothing about it
         ("both images contain a {}", (both, both), (left, right)),
         ("at least one image contains a {}", (left, right), (neither, neither)),
+        ("exactly one image contains a {}", (left, right), (both, neither)),
         ("no image contains a {}", (neither, neither), (left, right)),
         ("the left image contains a {}", (left, both), (right, neither)),
         ("the right image contains a {}", (right, both), (left, neither)),
         ("only the left image contains a {}", (left, left), (both, neither)),
         ("only the right image contains a {}", (right, right), (both, neither)),
     )
-    text, true, false = pick(rng, family)
+    # Plain statements are more frequent than those that need a negation or both images compared.
+    plain = rng.random() < PLAIN_FRACTION
+    text, true, false = pick(rng, [form for form in family if (form[0] in PLAIN) == plain])
     return Statement(text.format(phrase), true, false, phrase)
 
 
@@ -101,15 +108,15 @@ def draw_statement(rng: np.random.Generator, config: WorldConfig) -> Statement:
     """A random statement. Most are about a shape with its color."""
     chance = rng.random()
     coarse = random_phrase(rng, 0.5, 0.5)
-    if chance < 0.55:
-        return _containing(random_phrase(rng, 0.1, 0.1), rng)
-    if chance < 0.75:
+    if chance < 0.88:
+        return _containing(random_phrase(rng, 0.4, 0.4), rng)
+    if chance < 0.92:
         return _one_and_the_other(*two_phrases(rng))
-    if chance < 0.81:
-        return _total(random_phrase(rng), 0, 1)
-    if chance < 0.87:
-        return _total(coarse, *pick(rng, ((0, 2), (1, 2)) + (((1, 3),) if config.max_objects > 3 else ())))
     if chance < 0.94:
+        return _total(random_phrase(rng), 0, 1)
+    if chance < 0.95:
+        return _total(coarse, *pick(rng, ((0, 2), (1, 2)) + (((1, 3),) if config.max_objects > 3 else ())))
+    if chance < 0.98:
         return _more(coarse, pick(rng, ("left", "right")), int(rng.integers(2 if config.max_objects > 3 else 1)))
     phrase, low = (random_phrase(rng), 0) if rng.random() < 0.5 else (coarse, int(rng.integers(2)))
     return _same_number(phrase, low, low + 1)
@@ -137,7 +144,7 @@ def _take(pool: Pool, role: Role, rng: np.random.Generator) -> int:
     """A fresh image for a role. One that lacks a red circle mostly shows something red and some circle."""
     for _ in range(20):
         allowed = pool.uses == 0
-        hard = rng.random() < HARD_FRACTION
+        hard = rng.random() < pool.config.near_miss_fraction
         lures = allowed.copy()
         for phrase, count in role:
             here = pool.count(phrase)

@@ -11,7 +11,6 @@ import numpy as np
 from data_loaders.world.scenes import Phrase, Pool, Scene
 
 MAX_QUESTIONS_PER_IMAGE = 4
-HARD_FRACTION = 0.7  # of the rounds, those that look for images that come near to the question
 MAX_CANDIDATES = 400  # images tried for one round
 
 YES_NO = ("yes", "no")
@@ -89,7 +88,7 @@ def _round(pool: Pool, rng: np.random.Generator, query: Query, texts: dict[int, 
     allowed = pool.uses < MAX_QUESTIONS_PER_IMAGE
     for phrase in query.unique:
         allowed &= pool.count(phrase) == 1
-    if query.lures is not None and rng.random() < HARD_FRACTION:
+    if query.lures is not None and rng.random() < pool.config.near_miss_fraction:
         allowed &= query.lures(pool)
     candidates = np.flatnonzero(allowed)
     candidates = candidates[np.argsort(rng.random(len(candidates)) - (pool.uses[candidates] > 0))]

@@ -10,8 +10,8 @@ import numpy as np
 
 from data_loaders.world.config import WorldConfig
 
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
-COLORS = ("red", "green", "blue", "yellow", "purple", "white")
+SHAPES = ("circle", "square", "triangle")
+COLORS = ("red", "green", "blue", "yellow")
 NUM_KINDS = len(SHAPES) * len(COLORS)
 
 # Every scene layout belongs to exactly one part, by its hash, whatever the seed and the sizes of the parts.
@@ -21,10 +21,6 @@ PARTS = (
     *("vqav2/train", "vqav2/validation", "vqav2/test", "gqa/train", "gqa/validation", "gqa/test"),
     *("nlvr2/train", "nlvr2/validation", "nlvr2/test"),
 )
-
-# Half of the scenes draw from two shapes and two colors: repeated and confusable things, without which counts stay
-# at one and "a red circle" could be told from "something red" and "some circle" alone.
-PALETTE_FRACTION = 0.5
 
 RELATIONS = {"left of": ("column", -1), "right of": ("column", 1), "above": ("row", -1), "below": ("row", 1)}
 CONVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -152,7 +148,7 @@ def scene_layouts(config: WorldConfig, part: str) -> Iterator[np.ndarray]:
         occupied = rng.random((batch, cells)).argsort(axis=1) < rng.integers(
             config.min_objects, config.max_objects + 1, (batch, 1)
         )
-        has_palette = rng.random((batch, 1)) < PALETTE_FRACTION
+        has_palette = rng.random((batch, 1)) < config.palette_fraction
         attributes = []
         for size in (len(SHAPES), len(COLORS)):
             palette = rng.integers(size, size=(batch, 2))
@@ -190,7 +186,7 @@ class Pool:
 
     def __init__(self, config: WorldConfig, part: str, size: int) -> None:
         self._source = scene_layouts(config, part)
-        self._grid = config.grid
+        self.config = config
         self.scenes: list[Scene] = []
         self._kinds = np.zeros((0, len(SHAPES), len(COLORS)), dtype=np.int64)
         self._counts: dict[Phrase, np.ndarray] = {}
@@ -200,7 +196,7 @@ class Pool:
     def grow(self, size: int) -> None:
         """Add `size` scenes."""
         layouts = np.stack([next(self._source) for _ in range(size)])
-        self.scenes += [to_scene(layout, self._grid) for layout in layouts]
+        self.scenes += [to_scene(layout, self.config.grid) for layout in layouts]
         kinds = np.stack([(layouts == kind).sum(1) for kind in range(1, NUM_KINDS + 1)], axis=1)
         self._kinds = np.concatenate([self._kinds, kinds.reshape(size, len(SHAPES), len(COLORS))])
         self._counts.clear()

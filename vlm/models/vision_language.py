@@ -68,20 +68,27 @@ class VisionLanguageModel(nn.Module):
                 raise ValueError("a view asks for images, but the batch has none")
             image_states = self.encode_image(image)
         text_states = self._encode_distinct_texts(views)
-        pairs = iter(self._fuse(image_states, text_states, [view for view in views if view.kind == "pair"]))
+        joint = [view for view in views if view.kind in ("pair", "apart")]
+        image, texts = None, {}
+        if joint:
+            image = self.vision_projection(image_states)
+            texts = {id(v.text_ids): self.language_projection(text_states[id(v.text_ids)]) for v in joint}
+        pairs = iter(self._fuse(image, texts, [view for view in views if view.kind == "pair"]))
         encoded = []
         for view in views:
             if view.kind == "image":
                 encoded.append(Encoded(image=image_states))
             elif view.kind == "text":
                 encoded.append(Encoded(text=text_states[id(view.text_ids)]))
+            elif view.kind == "apart":
+                encoded.append(Encoded(text=texts[id(view.text_ids)], image=image))
             else:
                 encoded.append(next(pairs))
         return encoded
 
     def fuse_all(
         self, image_states: Float[Tensor, "b p dv"], text_states: Float[Tensor, "1 l dl"], mask: Bool[Tensor, "1 l"]
-    ) -> Float[Tensor, "b 2*d"]:
+    ) -> Float[Tensor, "b pooled"]:
         """Pooled pairs of one text with every image, from states of the encoders alone."""
         size = len(image_states)
         image = self.vision_projection(image_states)
@@ -99,15 +106,11 @@ class VisionLanguageModel(nn.Module):
         states = self.encode_text(ids, mask).split([len(cast(Tensor, view.text_ids)) for view in distinct.values()])
         return dict(zip(distinct, states, strict=True))
 
-    def _fuse(
-        self, image_states: Tensor | None, text_states: dict[int, Tensor], views: Sequence[View]
-    ) -> list[Encoded]:
-        """All pairs of all views through the fusion in one call."""
+    def _fuse(self, image: Tensor | None, projected: dict[int, Tensor], views: Sequence[View]) -> list[Encoded]:
+        """All pairs of all views through the fusion in one call, from projected states."""
         if not views:
             return []
-        assert image_states is not None
-        image = self.vision_projection(image_states)
-        projected = {key: self.language_projection(states) for key, states in text_states.items()}
+        assert image is not None
         images, texts, masks = [], [], []
         for view in views:
             text, mask = projected[id(view.text_ids)], cast(Tensor, view.text_mask)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from vlm.config import Config, CustomConfig
 
@@ -49,6 +49,19 @@ class MatchingConfig(Config):
         return Matching(self, model)
 
 
+class ContrastiveConfig(Config):
+    """Tell which text of the batch belongs to which image, before the fusion (`contrastive.py`)."""
+
+    type: Literal["contrastive"] = "contrastive"
+    weight: NonNegativeFloat = 1.0
+    temperature: PositiveFloat = 0.07  # where the learnt temperature starts
+
+    def build(self, model: VisionLanguageModel, tokenizer: Tokenizer, classes: tuple[str, ...]) -> Objective:
+        from vlm.objectives.contrastive import Contrastive
+
+        return Contrastive(self)
+
+
 class ImageClassesConfig(Config):
     """Name the classes of an image (`image_classes.py`): supervised pretraining of the vision encoder alone."""
 
@@ -68,5 +81,6 @@ class CustomObjectiveConfig(CustomConfig):
 
 
 ObjectiveConfig = Annotated[
-    MaskedLanguageConfig | MatchingConfig | ImageClassesConfig | CustomObjectiveConfig, Field(discriminator="type")
+    MaskedLanguageConfig | MatchingConfig | ContrastiveConfig | ImageClassesConfig | CustomObjectiveConfig,
+    Field(discriminator="type"),
 ]

@@ -55,11 +55,18 @@ class MaskedLanguage(Objective):
             batch.text_ids, batch.special_mask, self.config.mask_fraction, self.mask_id, self.vocabulary_size
         )
         targets = {"predicted": predicted, "ids": batch.text_ids[predicted]}
-        return View("pair" if self.config.with_image else "text", masked, batch.text_mask, targets=targets)
+        if not self.config.with_image:
+            return View("text", masked, batch.text_mask, targets=targets)
+        own = None  # all images, unless the loader appended some as another objective's negatives
+        if batch.image is not None and len(batch.image) > len(masked):
+            own = torch.arange(len(masked), device=masked.device)
+        return View("pair", masked, batch.text_mask, image_index=own, targets=targets)
 
     def loss(self, view: View, encoded: Encoded) -> Loss:
         assert encoded.text is not None
         logits = self.head(encoded.text[view.targets["predicted"]])
         ids = view.targets["ids"]
+        if not len(ids):  # no text has a word; a mean over nothing would poison the weights
+            return Loss(logits.float().sum(), 0, {"accuracy": torch.zeros((), device=logits.device)})
         accuracy = (logits.argmax(-1) == ids).float().mean()
         return Loss(F.cross_entropy(logits.float(), ids), len(ids), {"accuracy": accuracy})

@@ -45,7 +45,7 @@ class NLVR2Task(Task):
 
     def write_predictions(self, file: Path, questions: Sequence[Question], predictions: Mapping[str, str]) -> None:
         """The official CSV: identifier,prediction without a header."""
-        file.with_suffix(".csv").write_text("".join(f"{q.id},{predictions[q.id]}\n" for q in questions))
+        file.with_suffix(".csv").write_text("".join(f"{q.id},{predicted(q, predictions)}\n" for q in questions))
 
     @staticmethod
     def _question(file: Path, number: int, line: str) -> Question:

@@ -53,7 +53,8 @@ class Task(Config):
 
     def write_predictions(self, file: Path, questions: Sequence[Question], predictions: Mapping[str, str]) -> None:
         """Write the official results file."""
-        file.write_text(json.dumps([self.official(question, predictions[question.id]) for question in questions]))
+        entries = [self.official(question, predicted(question, predictions)) for question in questions]
+        file.write_text(json.dumps(entries))
 
     def train_questions(self, root: Path) -> list[Question]:
         """The training split, or the chosen fraction of it."""

@@ -51,7 +51,7 @@ class VQAv2Task(Task):
         for question in questions:
             by_type[question.group].append(vqa_accuracy(predicted(question, predictions), question.answers))
         scores = {"accuracy": mean_percent([value for values in by_type.values() for value in values])}
-        return scores | {f"accuracy/{name}": mean_percent(values) for name, values in sorted(by_type.items())}
+        return scores | {f"accuracy/{name}": mean_percent(values) for name, values in sorted(by_type.items()) if name}
 
     def official(self, question: Question, answer: str) -> dict[str, Any]:
         return {"question_id": int(question.id), "answer": answer}
@@ -60,4 +60,4 @@ class VQAv2Task(Task):
     def _question(row: dict[str, Any], annotation: dict[str, Any], split: str) -> Question:
         key = f"COCO_{split}_{row['image_id']:012d}"
         answers = tuple(answer["answer"] for answer in annotation["answers"])
-        return Question(str(row["question_id"]), row["question"], (key,), answers, annotation["answer_type"])
+        return Question(str(row["question_id"]), row["question"], (key,), answers, annotation.get("answer_type", ""))

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlm.models import ModelConfig
+from vlm.models.fusion import CoAttentionConfig
+from vlm.models.language import TinyLanguageConfig
+from vlm.models.vision import TinyVisionConfig
+from vlm.objectives import MatchingConfig
+from vlm.objectives.matching import Matching
+from vlm.types import Batch, Encoded, View
+
+DISTINCT = tuple(f"key-{number}" for number in range(12))
+
+
+def build(**options: object) -> Matching:
+    torch.manual_seed(0)
+    model = ModelConfig(
+        vision=TinyVisionConfig(width=16, depth=1, num_heads=2, patch_size=8, image_pixels=16),
+        language=TinyLanguageConfig(width=16, depth=1, num_heads=2, vocabulary_size=16, max_tokens=8),
+        fusion=CoAttentionConfig(width=16, depth=1, num_heads=2, dropout=0),
+    ).build()
+    return Matching(MatchingConfig.model_validate(options), model)
+
+
+def make_batch(keys: tuple[str, ...], num_texts: int) -> Batch:
+    return Batch(
+        keys=keys,
+        image=torch.zeros(len(keys), 3, 16, 16, dtype=torch.uint8),
+        text_ids=torch.ones(num_texts, 4, dtype=torch.long),
+        text_mask=torch.ones(num_texts, 4, dtype=torch.bool),
+    )
+
+
+def pairs(view: View) -> tuple[Tensor, Tensor]:
+    """(image of each text, is it matched)"""
+    assert view.image_index is not None
+    matched = view.targets["matched"]
+    assert matched.shape == view.image_index.shape
+    assert matched.dtype == torch.bool
+    return view.image_index, matched
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
+def test_the_negative_fraction_is_exact(fraction: float) -> None:
+    objective, batch = build(negative_fraction=fraction), make_batch(DISTINCT, 12)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        _, matched = pairs(objective.view(batch))
+        assert int((~matched).sum()) == 12 * fraction
+
+
+def test_in_batch_negatives_are_images_of_other_examples() -> None:
+    objective, batch = build(), make_batch(DISTINCT, 12)
+    own = torch.arange(12)
+    drawn = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        image_index, matched = pairs(objective.view(batch))
+        assert torch.equal(matched, image_index == own)
+        assert set(image_index.tolist()) <= set(range(12))
+        drawn |= set(zip(own[~matched].tolist(), image_index[~matched].tolist(), strict=True))
+    assert len(drawn) > 0.8 * 12 * 11  # any other image may come, not a fixed shift
+
+
+def test_labels_agree_with_keys_where_an_example_comes_twice() -> None:
+    keys = ("a", "b", "a", "c", "b", "a")
+    objective, batch = build(negative_fraction=0.8), make_batch(keys, 6)
+    met_own = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        image_index, matched = pairs(objective.view(batch))
+        for text, (image, label) in enumerate(zip(image_index.tolist(), matched.tolist(), strict=True)):
+            assert label == (keys[image] == keys[text])
+            met_own += label and image != text
+    assert met_own > 0
+
+
+def test_random_negatives_are_the_extra_images_each_once() -> None:
+    extra = ("x", "y", "z", "key-0")
+    objective, batch = build(negatives="random"), make_batch((*DISTINCT[:8], *extra), 8)
+    met_own = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        image_index, matched = pairs(objective.view(batch))
+        assert sorted(image_index[image_index >= 8].tolist()) == [8, 9, 10, 11]
+        for text, (image, label) in enumerate(zip(image_index.tolist(), matched.tolist(), strict=True)):
+            assert image == text or image >= 8
+            assert label == (image == text or batch.keys[image] == batch.keys[text])
+            met_own += label and image != text  # the draw may meet the text's own image
+    assert met_own > 0
+
+
+def test_a_single_pair_has_no_negative() -> None:
+    image_index, matched = pairs(build().view(make_batch(("a",), 1)))
+    assert image_index.tolist() == [0]
+    assert matched.tolist() == [True]
+
+
+def test_the_text_is_whole() -> None:
+    batch = make_batch(DISTINCT, 12)
+    assert build().view(batch).text_ids is batch.text_ids
+
+
+def test_the_loss_is_the_cross_entropy_of_match_or_no_match() -> None:
+    objective = build()
+    view = objective.view(make_batch(DISTINCT, 12))
+    pooled = torch.randn(12, 32)
+    loss = objective.loss(view, Encoded(pooled=pooled))
+    probabilities = F.softmax(objective.head(pooled), dim=-1)
+    matched = view.targets["matched"]
+    expected = -torch.where(matched, probabilities[:, 1], probabilities[:, 0]).log().mean()
+    torch.testing.assert_close(loss.value, expected)
+    right = (probabilities[:, 1] > 0.5) == matched
+    assert float(loss.figures["accuracy"]) == pytest.approx(float(right.float().mean()))
+    assert loss.count == 12

@@ -1,0 +1,315 @@
+"""Each task reads its official files, scores as its authors do, and writes the official results file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlm.errors import UserError
+from vlm.tasks.gqa import GQATask
+from vlm.tasks.nlvr2 import NLVR2Task
+from vlm.tasks.retrieval import RetrievalTask, recall_at, retrieval_scores
+from vlm.tasks.task import Task
+from vlm.tasks.vqav2 import VQAv2Task
+from vlm.types import Question
+
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+FIXTURES = DATA / "fixtures"
+needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"official example files are not at {FIXTURES}")
+needs_nlvr2 = pytest.mark.skipif(
+    not (DATA / "nlvr2" / "dev.json").is_file(), reason=f"the NLVR2 dev set is not at {DATA / 'nlvr2'}"
+)
+
+VQAV2 = [
+    Question("17000", "is there a cat?", ("COCO_val2014_000000000017",), ("yes",) * 10, "yes/no"),
+    Question("17001", "how many?", ("COCO_val2014_000000000017",), ("2",) * 6 + ("3",) * 4, "number"),
+    Question(
+        "18000", "what color?", ("COCO_val2014_000000000018",), ("red",) * 5 + ("pink",) * 3 + ("rose",) * 2, "other"
+    ),
+]
+GQA = [
+    Question("201", "What is it?", ("n1",), ("t-shirt",), "query"),
+    Question("202", "Is it red?", ("n1",), ("yes",), "verify"),
+    Question("203", "Is it blue?", ("n2",), ("no",), "verify"),
+]
+NLVR2 = [
+    Question("dev-1-0-0", "one dog", ("dev-1-0-img0", "dev-1-0-img1"), ("True",), "dev-1-0"),
+    Question("dev-1-1-0", "one dog", ("dev-1-1-img0", "dev-1-1-img1"), ("False",), "dev-1-0"),
+    Question("dev-1-0-1", "two dogs", ("dev-1-0-img0", "dev-1-0-img1"), ("False",), "dev-1-1"),
+]
+TASKS: list[tuple[Task, list[Question]]] = [(VQAv2Task(), VQAV2), (GQATask(), GQA), (NLVR2Task(), NLVR2)]
+each_task = pytest.mark.parametrize(("task", "questions"), TASKS, ids=[task.type for task, _ in TASKS])
+
+
+def perfect(questions: Sequence[Question]) -> dict[str, str]:
+    """The most frequent human answer to each question."""
+    return {question.id: max(question.answers, key=question.answers.count) for question in questions}
+
+
+# --- Scores ----------------------------------------------------------------------------------------------------------
+
+
+@each_task
+def test_a_perfect_predictor_scores_100(task: Task, questions: list[Question]) -> None:
+    scores = task.score(questions, perfect(questions))
+    assert task.headline in scores
+    assert set(scores.values()) == {100.0}
+
+
+@each_task
+def test_a_predictor_that_is_always_wrong_scores_0(task: Task, questions: list[Question]) -> None:
+    assert set(task.score(questions, dict.fromkeys((q.id for q in questions), "zebra")).values()) == {0.0}
+
+
+@each_task
+def test_a_missing_prediction_is_an_error(task: Task, questions: list[Question], tmp_path: Path) -> None:
+    predictions = perfect(questions)
+    del predictions[questions[1].id]
+    with pytest.raises(UserError, match=f"question {questions[1].id}: no prediction among 2"):
+        task.score(questions, predictions)
+    with pytest.raises(UserError, match=f"question {questions[1].id}: no prediction among 2"):
+        task.write_predictions(tmp_path / "predictions.json", questions, predictions)
+
+
+@each_task
+def test_predictions_for_other_questions_do_not_count(task: Task, questions: list[Question]) -> None:
+    assert task.score(questions, perfect(questions) | {"99999": "zebra"}) == task.score(questions, perfect(questions))
+
+
+def test_vqav2_gives_part_of_the_credit_for_rarer_answers() -> None:
+    scores = VQAv2Task().score(VQAV2, {"17000": "yes", "17001": "3", "18000": "rose"})
+    assert scores == pytest.approx(
+        {"accuracy": 100 * 2.6 / 3, "accuracy/yes/no": 100, "accuracy/number": 100, "accuracy/other": 60}
+    )
+    assert VQAv2Task().target(VQAV2[2], {"red": 0, "pink": 1, "green": 2}) == pytest.approx({0: 1.0, 1: 0.9})
+
+
+def test_gqa_compares_answers_exactly() -> None:
+    scores = GQATask().score(GQA, {"201": "t shirt", "202": "yes", "203": "yes"})
+    assert scores == pytest.approx({"accuracy": 100 / 3, "accuracy/query": 0, "accuracy/verify": 50})
+
+
+def test_nlvr2_is_consistent_only_where_all_pairs_of_a_sentence_are_right() -> None:
+    scores = NLVR2Task().score(NLVR2, {"dev-1-0-0": "True", "dev-1-1-0": "True", "dev-1-0-1": "False"})
+    assert scores == pytest.approx({"accuracy": 100 * 2 / 3, "consistency": 50})
+
+
+def test_a_rank_of_zero_is_first() -> None:
+    assert [recall_at([0, 1, 4, 30], k) for k in (1, 5, 10)] == [25, 75, 75]
+    scores = retrieval_scores({"text_to_image": [0, 0, 3, 20], "image_to_text": [0, 7, 7, 7]})
+    assert scores["recall_at_1"] == pytest.approx((50 + 25) / 2)
+    assert scores["text_to_image/recall_at_5"] == 75
+    assert scores["image_to_text/recall_at_10"] == 100
+
+
+# --- What words alone tell -------------------------------------------------------------------------------------------
+
+
+def statements(count: int, prefix: str) -> list[Question]:
+    """`count` statements, each true of two pairs of images and false of two."""
+    return [
+        Question(
+            f"{prefix}-{s}-{pair}-0", f"statement {s}", ("a", "b"), (("True", "False")[pair % 2],), f"{prefix}-{s}-0"
+        )
+        for s in range(count)
+        for pair in range(4)
+    ]
+
+
+def test_the_question_prior_is_chance_where_every_sentence_is_balanced() -> None:
+    task = NLVR2Task()
+    questions = statements(25, "dev")
+    for train in (statements(25, "train"), statements(5, "train")):  # with sentences that training had, and without
+        assert task.score(questions, task.question_prior(train, questions))["accuracy"] == 50
+
+
+def test_the_question_prior_takes_the_question_then_its_type_then_anything() -> None:
+    train = [
+        Question("1", "is it red?", ("a",), ("yes",), "verify"),
+        Question("2", "is it blue?", ("a",), ("no",), "verify"),
+        Question("3", "is it pink?", ("a",), ("no",), "verify"),
+        *(Question(f"{number}", "what is it?", ("a",), ("dog",), "query") for number in range(4, 9)),
+    ]
+    asked = [
+        Question("a", "is it red?", ("b",), (), "verify"),
+        Question("b", "is it new?", ("b",), (), "verify"),
+        Question("c", "left or right?", ("b",), (), "choose"),
+    ]
+    assert GQATask().question_prior(train, asked) == {"a": "yes", "b": "no", "c": "dog"}
+
+
+# --- Results files ---------------------------------------------------------------------------------------------------
+
+
+def test_vqav2_results_are_a_list_of_whole_number_ids_and_answers(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    VQAv2Task().write_predictions(file, VQAV2, perfect(VQAV2))
+    assert json.loads(file.read_text()) == [
+        {"question_id": 17000, "answer": "yes"},
+        {"question_id": 17001, "answer": "2"},
+        {"question_id": 18000, "answer": "red"},
+    ]
+
+
+def test_gqa_results_are_a_list_of_question_ids_and_predictions(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    GQATask().write_predictions(file, GQA, perfect(GQA))
+    assert json.loads(file.read_text())[0] == {"questionId": "201", "prediction": "t-shirt"}
+    assert len(json.loads(file.read_text())) == 3
+
+
+def test_nlvr2_results_are_rows_of_identifier_and_prediction(tmp_path: Path) -> None:
+    NLVR2Task().write_predictions(tmp_path / "results.json", NLVR2, perfect(NLVR2))
+    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
+    rows = list(csv.reader((tmp_path / "results.csv").read_text().splitlines()))
+    assert rows == [["dev-1-0-0", "True"], ["dev-1-1-0", "False"], ["dev-1-0-1", "False"]]
+
+
+# --- Official files --------------------------------------------------------------------------------------------------
+
+
+def write_gqa(root: Path, split: str, answers: Sequence[str]) -> None:
+    rows = {
+        f"{split}-{number}": {"question": "what?", "imageId": "n1", "answer": answer, "types": {"structural": "query"}}
+        for number, answer in enumerate(answers)
+    }
+    (root / "gqa").mkdir(exist_ok=True)
+    (root / "gqa" / f"{split}_balanced_questions.json").write_text(json.dumps(rows))
+
+
+def test_the_gqa_vocabulary_holds_the_answers_of_train_and_validation(tmp_path: Path) -> None:
+    for split, answers in (("train", ["red", "blue"]), ("val", ["green", "red"]), ("testdev", ["unseen"])):
+        write_gqa(tmp_path, split, answers)
+    assert GQATask().vocabulary(tmp_path) == ("blue", "green", "red")
+    assert GQATask().target(GQATask().read(tmp_path, "test")[0], {"red": 0}) == {}
+
+
+def test_train_fractions_are_nested_and_exact(tmp_path: Path) -> None:
+    write_gqa(tmp_path, "train", ["red"] * 200)
+    parts = [
+        [question.id for question in GQATask(train_fraction=fraction).train_questions(tmp_path)]
+        for fraction in (0.001, 0.1, 0.5, 1)
+    ]
+    assert [len(part) for part in parts] == [1, 20, 100, 200]
+    assert parts[0] == parts[1][:1] and parts[1] == parts[2][:20] and set(parts[2]) < set(parts[3])
+    assert parts[1] != parts[3][:20]  # random, not the first
+
+
+def write_vqav2(root: Path, split: str, answers: Sequence[Sequence[str]]) -> None:
+    questions: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, ten in enumerate(answers):
+        identity = {"question_id": number, "image_id": 7}
+        questions.append(identity | {"question": "what?"})
+        annotations.append(identity | {"answers": [{"answer": answer} for answer in ten], "answer_type": "other"})
+    folder = root / "vqav2"
+    folder.mkdir(exist_ok=True)
+    (folder / f"v2_OpenEnded_mscoco_{split}_questions.json").write_text(json.dumps({"questions": questions}))
+    (folder / f"v2_mscoco_{split}_annotations.json").write_text(json.dumps({"annotations": annotations}))
+
+
+def test_the_vqav2_vocabulary_holds_frequent_majority_answers(tmp_path: Path) -> None:
+    write_vqav2(tmp_path, "train2014", [["red"] * 6 + ["pink"] * 4] * 9 + [["blue"] * 10] * 8)
+    assert VQAv2Task().vocabulary(tmp_path) == ("red",)
+    assert VQAv2Task(min_occurrences=8).vocabulary(tmp_path) == ("blue", "red")
+
+
+def test_vqav2_files_of_different_releases_are_refused(tmp_path: Path) -> None:
+    write_vqav2(tmp_path, "train2014", [["red"] * 10] * 3)
+    file = tmp_path / "vqav2" / "v2_mscoco_train2014_annotations.json"
+    rows = json.loads(file.read_text())["annotations"]
+    file.write_text(json.dumps({"annotations": rows[:2]}))
+    with pytest.raises(UserError, match="question 2 has no annotation"):
+        VQAv2Task().read(tmp_path, "train")
+
+
+@each_task
+def test_missing_files_are_named_with_the_remedy(task: Task, questions: list[Question], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{tmp_path}/{task.type}/.*: no such file\. Prepare the task's data first"):
+        task.read(tmp_path, "validation")
+
+
+@pytest.mark.parametrize(
+    "line", ['{"identifier": "dev-1-0"}', "{", '{"identifier": "dev-1-0-0", "sentence": "x"}', "[1]", '"dev-1-0-0"']
+)
+def test_a_damaged_nlvr2_row_is_named(tmp_path: Path, line: str) -> None:
+    good = json.dumps({"identifier": "dev-1-0-0", "sentence": "one dog", "label": "True"})
+    (tmp_path / "nlvr2").mkdir()
+    (tmp_path / "nlvr2" / "dev.json").write_text(f"{good}\n{line}\n")
+    with pytest.raises(UserError, match=r"dev\.json: line 2 is not an NLVR2 row"):
+        NLVR2Task().read(tmp_path, "validation")
+
+
+def test_retrieval_reads_its_sets(tmp_path: Path) -> None:
+    (tmp_path / "retrieval").mkdir()
+    file = tmp_path / "retrieval" / "captions.json"
+    file.write_text(json.dumps([{"id": 1, "text": "a dog", "image_key": "dog"}]))
+    assert RetrievalTask().read(tmp_path, "captions") == [Question("1", "a dog", ("dog",))]
+    file.write_text(json.dumps([{"id": 1, "text": "a dog"}]))
+    with pytest.raises(UserError, match=r"captions\.json: not a list of rows"):
+        RetrievalTask().read(tmp_path, "captions")
+
+
+# --- Real files ------------------------------------------------------------------------------------------------------
+
+
+@needs_nlvr2
+def test_the_real_nlvr2_dev_set_has_its_published_size(tmp_path: Path) -> None:
+    (tmp_path / "nlvr2").mkdir()
+    shutil.copy(DATA / "nlvr2" / "dev.json", tmp_path / "nlvr2")
+    task = NLVR2Task()
+    questions = task.read(tmp_path, "validation")
+    assert len(questions) == 6982
+    assert len({question.group for question in questions}) == 2018  # 2,004 if grouped by sentence
+    assert {answer for question in questions for answer in question.answers} == {"True", "False"}
+    first = questions[0]
+    assert first.image_keys == tuple(f"{first.id.rpartition('-')[0]}-img{image}" for image in (0, 1))
+    assert set(task.score(questions, perfect(questions)).values()) == {100.0}
+    always = task.score(questions, dict.fromkeys((question.id for question in questions), "True"))
+    assert always["accuracy"] == pytest.approx(50.86, abs=0.01)  # the published majority baseline
+    assert always["consistency"] < 5
+
+
+@needs_fixtures
+def test_real_vqav2_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "vqav2").mkdir()
+    for theirs, ours in (
+        ("questions", "v2_OpenEnded_mscoco_train2014_questions"),
+        ("annotations", "v2_mscoco_train2014_annotations"),
+    ):
+        shutil.copy(FIXTURES / "vqav2" / f"{theirs}.json", tmp_path / "vqav2" / f"{ours}.json")
+    questions = VQAv2Task().read(tmp_path, "train")
+    assert [question.id for question in questions] == ["458752000", "458752001", "458752002"]
+    assert {question.image_keys for question in questions} == {("COCO_train2014_000000458752",)}
+    assert questions[0].text == "What is this photo taken looking through?"
+    assert {len(question.answers) for question in questions} == {10}
+    assert VQAv2Task().score(questions, perfect(questions)) == {"accuracy": 100}  # this sample has no answer types
+    assert "net" in VQAv2Task(min_occurrences=1).vocabulary(tmp_path)
+
+
+@needs_fixtures
+def test_real_gqa_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "gqa").mkdir()
+    shutil.copy(FIXTURES / "gqa" / "questions.json", tmp_path / "gqa" / "testdev_balanced_questions.json")
+    questions = GQATask().read(tmp_path, "test")
+    assert questions[0] == Question(
+        "202218649", "What is hanging above the chalkboard?", ("n578564",), ("picture",), "query"
+    )
+    assert GQATask().score(questions, perfect(questions))["accuracy"] == 100
+
+
+@needs_fixtures
+def test_real_nlvr2_rows_name_the_real_pictures(tmp_path: Path) -> None:
+    (tmp_path / "nlvr2").mkdir()
+    shutil.copy(FIXTURES / "nlvr2" / "tiny-dev.json", tmp_path / "nlvr2" / "dev.json")
+    questions = NLVR2Task().read(tmp_path, "validation")
+    assert {question.group for question in questions} == {"dev-850-0", "dev-850-1"}
+    for question in questions:
+        for key in question.image_keys:
+            assert (FIXTURES / "images" / "nlvr2" / f"{key}.png").is_file(), key

@@ -1,0 +1,74 @@
+"""What `vlm show` shows: every config that ships is valid with every option, and parameters are counted truly."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlm.config import available_configs, compose, default_config_folder, dump_yaml, fingerprint, load_yaml
+from vlm.run import RunConfig, count_parameters
+
+CONFIGS = default_config_folder()
+
+
+def groups_of(name: str) -> list[str]:
+    """The groups that a config's defaults list chooses from."""
+    defaults = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["defaults"]
+    return [group for entry in defaults if isinstance(entry, dict) for group in entry]
+
+
+def options_of(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+
+
+def settings(group: str, option: str) -> list[str]:
+    """What an option leaves to its user (`???`)."""
+    tree = yaml.safe_load((CONFIGS / group / f"{option}.yaml").read_text()) or {}
+    return [f"{group}.{key}=somewhere" for key, value in tree.items() if value == "???"]
+
+
+CHOICES = [
+    (name, group, option) for name in available_configs() for group in groups_of(name) for option in options_of(group)
+]
+
+
+def test_every_group_is_of_some_config() -> None:
+    folders = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
+    assert {group for _, group, _ in CHOICES} == folders
+
+
+@pytest.mark.parametrize(("name", "group", "option"), CHOICES, ids=["-".join(choice) for choice in CHOICES])
+def test_every_config_composes_with_every_option_of_its_groups(
+    name: str, group: str, option: str, tmp_path: Path
+) -> None:
+    config = compose(name, [f"{group}={option}", *settings(group, option)], RunConfig)
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    assert load_yaml(tmp_path / "config.yaml", RunConfig) == config
+
+
+@pytest.mark.parametrize("name", available_configs())
+def test_options_of_a_group_are_different_runs(name: str) -> None:
+    for group in groups_of(name):
+        configs = [compose(name, [f"{group}={o}", *settings(group, o)], RunConfig) for o in options_of(group)]
+        assert all(fingerprint(one) != fingerprint(other) for one, other in itertools.combinations(configs, 2)), group
+
+
+def test_the_published_encoders_have_their_published_sizes() -> None:
+    counts = count_parameters(compose("pretrain", ["model=base"], RunConfig))
+    vision, language, width = 85.8e6, 124.1e6, 768  # ViT-B/16 without its head; RoBERTa-base without its pooler
+    assert counts["vision"] == pytest.approx(vision, rel=0.001)
+    assert counts["language"] == pytest.approx(language, rel=0.001)
+    attention, feed_forward = 4 * width**2, 8 * width**2
+    fusion = 2 * 2 * (2 * attention + feed_forward)  # two layers in each of two streams
+    joints = 4 * width**2  # a projection of each encoder, and the pooler's two
+    assert counts["total"] == pytest.approx(vision + language + fusion + joints, rel=0.01)
+    assert counts["total"] == sum(count for name, count in counts.items() if name != "total")
+
+
+def test_parameters_are_those_of_the_model_that_is_built() -> None:
+    config = compose("pretrain", ["model=tiny"], RunConfig)
+    model = config.model.build()
+    assert count_parameters(config)["total"] == sum(parameter.numel() for parameter in model.parameters())
