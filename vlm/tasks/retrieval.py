@@ -32,13 +32,13 @@ class RetrievalTask(Config):
             raise UserError(f"{file}: not a list of rows with id, text and image_key ({error})") from None
 
 
-def recall_at(ranks: Sequence[int], k: int) -> float:
+def recall_at(ranks: Sequence[float], k: int) -> float:
     """Share in percent of queries whose right item is among the first k (rank 0 is first)."""
     return 100 * sum(rank < k for rank in ranks) / max(len(ranks), 1)
 
 
-def retrieval_scores(ranks: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Recall at 1, 5 and 10 for each direction, and their mean recall at 1."""
+def retrieval_scores(ranks: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Recall at 1, 5 and 10 for each direction, and their means over the directions."""
     scores = {f"{direction}/recall_at_{k}": recall_at(r, k) for direction, r in ranks.items() for k in (1, 5, 10)}
-    scores["recall_at_1"] = sum(recall_at(r, 1) for r in ranks.values()) / max(len(ranks), 1)
-    return scores
+    means = {f"recall_at_{k}": sum(recall_at(r, k) for r in ranks.values()) / max(len(ranks), 1) for k in (1, 5, 10)}
+    return scores | means
