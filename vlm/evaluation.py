@@ -93,7 +93,7 @@ def expected_ranks(matches: Float[Tensor, "queries items"]) -> list[float]:
     """For each query the rank of its own item, 0 the first. Among ties it stands in the middle, never before them."""
     own = matches.diagonal()[:, None]
     above, not_below = (matches > own).sum(1), (~(matches < own)).sum(1) - 1  # NaN ties with everything
-    return ((above + not_below) / 2).tolist()  # type: ignore[no-any-return]
+    return ((above + not_below) / 2).tolist()
 
 
 def match_matrix(
