@@ -109,9 +109,11 @@ def write_shards(records: Iterable[Record], folder: Path, examples_per_shard: in
         header = {"format": FORMAT, "examples": len(ordered), "shards": shards}
         (partial / "index.json").write_text(json.dumps(header, indent=1))
         partial.chmod(0o755)
+        former = partial.with_name(f"{partial.name}-former")
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, former)
         os.replace(partial, folder)
+        shutil.rmtree(former, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

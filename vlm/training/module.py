@@ -45,6 +45,9 @@ class TrainingModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def log_train(self, values: dict[str, Tensor], batch_size: int) -> None:
-        """Scalars under `train/`, with the loss on the progress bar."""
+        """Scalars under `train/`, the rate of each component, and the loss on the progress bar."""
         self.log("loss", values["loss"], prog_bar=True, logger=False, batch_size=batch_size)
         self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=batch_size)
+        groups = self.trainer.optimizers[0].param_groups
+        rates = {f"learning_rate/{g['name']}": g["lr"] for g in groups if not g["name"].endswith("/no_decay")}
+        self.log_dict(rates, batch_size=batch_size)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 if TYPE_CHECKING:
@@ -59,7 +60,6 @@ def build_trainer(config: RunConfig, num_steps: int) -> lightning.Trainer:
             every_n_train_steps=min(options.checkpoint_every_steps, max(num_steps, 1)),
             enable_version_counter=False,
         ),
-        LearningRateMonitor("step"),
     ]
     if num_steps % min(options.checkpoint_every_steps, max(num_steps, 1)):
         callbacks.append(_SaveLast(folder / "last.ckpt"))
@@ -91,13 +91,20 @@ def build_trainer(config: RunConfig, num_steps: int) -> lightning.Trainer:
         val_check_interval=validate_every * options.accumulate,
         num_sanity_val_steps=0,
         log_every_n_steps=min(options.log_every_steps, max(num_steps, 1)),
-        logger=TensorBoardLogger(folder, name="", version=""),
+        logger=_Logger(folder, name="", version=""),
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,
         enable_progress_bar=options.progress,
         enable_model_summary=False,
     )
+
+
+class _Logger(TensorBoardLogger):
+    """TensorBoard without the `epoch` that Lightning adds to every entry: steps are what is counted here."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
 
 class _SaveLast(Callback):
