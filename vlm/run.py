@@ -175,7 +175,8 @@ def read_checkpoint(run: Path, name: str | None = None) -> dict[str, Any]:
     import torch
 
     if name is None:
-        name = json.loads((run / RESULT).read_text())["checkpoint"] if (run / RESULT).is_file() else LAST
+        result = json.loads((run / RESULT).read_text()) if (run / RESULT).is_file() else {}
+        name = result.get("checkpoint") or LAST  # an evaluation alone has none
     file = run / name
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
