@@ -176,7 +176,7 @@ def read_checkpoint(run: Path, name: str | None = None) -> dict[str, Any]:
 
     if name is None:
         result = json.loads((run / RESULT).read_text()) if (run / RESULT).is_file() else {}
-        name = result.get("checkpoint") or LAST  # an evaluation alone has none
+        name = Path(result.get("checkpoint") or LAST).name  # an evaluation alone has none; nothing outside the folder
     file = run / name
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
