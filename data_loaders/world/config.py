@@ -21,9 +21,9 @@ class WorldConfig(Config):
     num_validation_pairs: int = Field(1_000, ge=1)  # the unimodal images and the texts hold out as many
     num_unimodal_images: int = Field(10_000, ge=1)
     num_texts: int = Field(10_000, ge=1)
-    num_vqav2_train: int = Field(8_000, ge=1)  # questions
-    num_gqa_train: int = Field(8_000, ge=1)  # questions
-    num_nlvr2_train: int = Field(8_000, ge=4, multiple_of=4)  # statements with a pair, four a sentence
+    num_vqav2_train: int = Field(12_000, ge=1)  # questions
+    num_gqa_train: int = Field(12_000, ge=1)  # questions
+    num_nlvr2_train: int = Field(4_000, ge=4, multiple_of=4)  # statements with two images, four a sentence
     num_evaluation: int = Field(1_000, ge=4, multiple_of=4)  # questions of each evaluation split of each task
     label_noise: float = Field(0.1, ge=0, le=1)  # rate at which a machine label is missed, confused or made up
     annotator_noise: float = Field(0.05, ge=0, le=1)  # rate at which one VQAv2 annotator departs from the truth

@@ -22,7 +22,6 @@ RGB = {
     "green": (40, 180, 70),
     "blue": (50, 100, 245),
     "yellow": (245, 215, 40),
-    "purple": (175, 60, 215),
     "white": (240, 240, 240),
 }
 SIZES = (0.32, 0.35, 0.38, 0.41)  # radius in cells
@@ -47,11 +46,8 @@ def sprites(cell_pixels: int) -> np.ndarray:
 
 def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float) -> None:
     """A shape around (x, y) that stays within `radius` along both axes."""
-    if shape in ("circle", "ring"):
+    if shape == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
-        if shape == "ring":
-            hole = 0.5 * radius
-            draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0)
     elif shape == "square":
         half = 0.84 * radius
         draw.rectangle((x - half, y - half, x + half, y + half), fill=255)

@@ -29,6 +29,8 @@ from data_loaders.world.scenes import (
     Thing,
     is_related,
     pick,
+    pick_weighted,
+    random_phrase,
     stream,
     two_phrases,
 )
@@ -137,6 +139,36 @@ def query_related(asked: str, relation: str, anchor: Phrase) -> CompositionalQue
     )
 
 
+def exist(phrase: Phrase) -> CompositionalQuery:
+    steps = _select(phrase)
+    return CompositionalQuery(
+        f"are there any {phrase.plural}?",
+        YES_NO,
+        lambda scene: yes(scene.count(phrase) > 0),
+        lures=lambda pool: pool.has_parts(phrase),
+        types=("verify", "obj", "exist"),
+        about=str(phrase),
+        steps=(*steps, ("exist", (len(steps) - 1,), "?")),
+        statement=lambda given: _affirm(given, f"there are {phrase.plural}", f"there are no {phrase.plural}"),
+    )
+
+
+def query_attribute(named: Phrase) -> CompositionalQuery:
+    """ "what is the color of the circle?", "what is the shape of the red object?" """
+    attribute, article = ("shape", "a ") if named.shape is None else ("color", "")
+    steps = _select(named)
+    return CompositionalQuery(
+        f"what is the {attribute} of the {named}?",
+        SHAPES if named.shape is None else COLORS,
+        lambda scene: getattr(scene.the(named), attribute),
+        (named,),
+        types=("query", "attr", "directOf"),
+        about=f"{named}_{attribute}",
+        steps=(*steps, ("query", (len(steps) - 1,), attribute)),
+        statement=lambda given: f"The {named} is {article}{given}.",
+    )
+
+
 def choose_attribute(named: Phrase, first: str, second: str) -> CompositionalQuery:
     """ "is the circle red or blue?", "is the red object a circle or a square?" """
     attribute, article = ("shape", "a ") if named.shape is None else ("color", "")
@@ -235,36 +267,87 @@ def compare_counts(first: Phrase, word: str, second: Phrase) -> CompositionalQue
 
 
 def draw_query(rng: np.random.Generator) -> CompositionalQuery:
-    """A random question. Rates are per round, and a round is as many questions as there are answers."""
-    chance = rng.random()
-    relation = pick(rng, tuple(RELATIONS))
-    first, second = two_phrases(rng, 0.4, 0.3)
-    if chance < 0.28:
-        if chance < 0.1:
-            return choose_relation(first, relation, second)
-        query = verify_relation(first, relation, second)
-        return _reword(rng, query, verify_relation(second, CONVERSE[relation], first))
-    if chance < 0.42:
-        return query_related(pick(rng, ("color", "shape")), relation, first)
-    by_shape = rng.random() < 0.5
-    values = COLORS if by_shape else SHAPES
-    one, other = rng.permutation(len(values))[:2].tolist()
-    named = Phrase(shape=pick(rng, SHAPES)) if by_shape else Phrase(color=pick(rng, COLORS))
-    if chance < 0.54:
-        query = choose_attribute(named, values[one], values[other])
-        return _reword(rng, query, choose_attribute(named, values[other], values[one]))
-    if chance < 0.64:
-        return verify_attribute(named, values[one])
-    if chance < 0.84:
-        word = "and" if chance < 0.77 else "or"
-        first, second = two_phrases(rng)
-        return _reword(rng, exist_both(first, word, second), exist_both(second, word, first))
-    pair = two_phrases(rng, 1.0) if by_shape else two_phrases(rng, 0.0, 1.0)
-    if chance < 0.92:
-        return _reword(rng, same_attribute(*pair), same_attribute(*reversed(pair)))
+    """A random question, of the kinds and at the rates of `RATES`."""
+    return pick_weighted(rng, RATES)(rng)
+
+
+def _named(rng: np.random.Generator) -> tuple[Phrase, tuple[str, ...]]:
+    """A shape or a color, and the values of the attribute that it leaves open."""
+    if rng.random() < 0.5:
+        return Phrase(shape=pick(rng, SHAPES)), COLORS
+    return Phrase(color=pick(rng, COLORS)), SHAPES
+
+
+def _two_alike(rng: np.random.Generator) -> tuple[Phrase, Phrase]:
+    """Two shapes or two colors."""
+    return two_phrases(rng, 1.0) if rng.random() < 0.5 else two_phrases(rng, 0.0, 1.0)
+
+
+def _draw_exist(rng: np.random.Generator) -> CompositionalQuery:
+    return exist(random_phrase(rng, 0.2, 0.2))
+
+
+def _draw_query_attribute(rng: np.random.Generator) -> CompositionalQuery:
+    return query_attribute(_named(rng)[0])
+
+
+def _draw_verify_attribute(rng: np.random.Generator) -> CompositionalQuery:
+    named, values = _named(rng)
+    return verify_attribute(named, pick(rng, values))
+
+
+def _draw_choose_attribute(rng: np.random.Generator) -> CompositionalQuery:
+    named, values = _named(rng)
+    one, other = (values[place] for place in rng.permutation(len(values))[:2])
+    return _reword(rng, choose_attribute(named, one, other), choose_attribute(named, other, one))
+
+
+def _draw_exist_both(rng: np.random.Generator) -> CompositionalQuery:
+    word = "and" if rng.random() < 0.6 else "or"
+    first, second = two_phrases(rng)
+    return _reword(rng, exist_both(first, word, second), exist_both(second, word, first))
+
+
+def _draw_same_attribute(rng: np.random.Generator) -> CompositionalQuery:
+    first, second = _two_alike(rng)
+    return _reword(rng, same_attribute(first, second), same_attribute(second, first))
+
+
+def _draw_compare_counts(rng: np.random.Generator) -> CompositionalQuery:
     word, opposite = ("more", "fewer") if rng.random() < 0.5 else ("fewer", "more")
-    query = compare_counts(pair[0], word, pair[1])
-    return _reword(rng, query, compare_counts(pair[1], opposite, pair[0]))
+    first, second = _two_alike(rng)
+    return _reword(rng, compare_counts(first, word, second), compare_counts(second, opposite, first))
+
+
+def _draw_verify_relation(rng: np.random.Generator) -> CompositionalQuery:
+    relation, (first, second) = pick(rng, tuple(RELATIONS)), two_phrases(rng, 0.4, 0.3)
+    query = verify_relation(first, relation, second)
+    return _reword(rng, query, verify_relation(second, CONVERSE[relation], first))
+
+
+def _draw_choose_relation(rng: np.random.Generator) -> CompositionalQuery:
+    first, second = two_phrases(rng, 0.4, 0.3)
+    return choose_relation(first, pick(rng, tuple(RELATIONS)), second)
+
+
+def _draw_query_related(rng: np.random.Generator) -> CompositionalQuery:
+    return query_related(pick(rng, ("color", "shape")), pick(rng, tuple(RELATIONS)), random_phrase(rng, 0.4, 0.3))
+
+
+# Rates are per round, and a round is as many questions as there are answers. Relations and comparisons are rare: they
+# take more training than a CPU's budget, so that many of them would only hide what the other questions tell.
+RATES: dict[Callable[[np.random.Generator], CompositionalQuery], float] = {
+    _draw_exist: 0.2,
+    _draw_query_attribute: 0.12,
+    _draw_verify_attribute: 0.2,
+    _draw_choose_attribute: 0.15,
+    _draw_exist_both: 0.15,
+    _draw_same_attribute: 0.05,
+    _draw_compare_counts: 0.04,
+    _draw_verify_relation: 0.05,
+    _draw_choose_relation: 0.02,
+    _draw_query_related: 0.02,
+}
 
 
 def _reword(rng: np.random.Generator, query: CompositionalQuery, reworded: CompositionalQuery) -> CompositionalQuery:

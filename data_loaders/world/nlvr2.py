@@ -14,7 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from data_loaders.world.config import WorldConfig
-from data_loaders.world.scenes import NUMBERS, Phrase, Pool, Scene, pick, random_phrase, stream, two_phrases
+from data_loaders.world.scenes import (
+    NUMBERS,
+    Phrase,
+    Pool,
+    Scene,
+    pick,
+    pick_weighted,
+    random_phrase,
+    stream,
+    two_phrases,
+)
 
 SPLITS = {"train": "train", "validation": "dev", "test": "test1"}
 PAIRS_PER_SENTENCE = 4
@@ -104,20 +114,31 @@ def _same_number(phrase: Phrase, low: int, high: int) -> Statement:
     return Statement(text, ((a, a), (b, b)), ((a, b), (b, a)), phrase)
 
 
+RATES = {
+    "containing": 0.88,
+    "one and the other": 0.04,
+    "total of one": 0.02,
+    "total": 0.01,
+    "more": 0.03,
+    "same number": 0.02,
+}
+
+
 def draw_statement(rng: np.random.Generator, config: WorldConfig) -> Statement:
-    """A random statement. Most are about a shape with its color."""
-    chance = rng.random()
+    """A random statement, of the kinds and at the rates of `RATES`."""
+    kind = pick_weighted(rng, RATES)
     coarse = random_phrase(rng, 0.5, 0.5)
-    if chance < 0.88:
+    many = config.max_objects > 3
+    if kind == "containing":
         return _containing(random_phrase(rng, 0.4, 0.4), rng)
-    if chance < 0.92:
+    if kind == "one and the other":
         return _one_and_the_other(*two_phrases(rng))
-    if chance < 0.94:
+    if kind == "total of one":
         return _total(random_phrase(rng), 0, 1)
-    if chance < 0.95:
-        return _total(coarse, *pick(rng, ((0, 2), (1, 2)) + (((1, 3),) if config.max_objects > 3 else ())))
-    if chance < 0.98:
-        return _more(coarse, pick(rng, ("left", "right")), int(rng.integers(2 if config.max_objects > 3 else 1)))
+    if kind == "total":
+        return _total(coarse, *pick(rng, ((0, 2), (1, 2), (1, 3)) if many else ((0, 2), (1, 2))))
+    if kind == "more":
+        return _more(coarse, pick(rng, ("left", "right")), int(rng.integers(2 if many else 1)))
     phrase, low = (random_phrase(rng), 0) if rng.random() < 0.5 else (coarse, int(rng.integers(2)))
     return _same_number(phrase, low, low + 1)
 

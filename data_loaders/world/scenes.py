@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from data_loaders.world.config import WorldConfig
 
-SHAPES = ("circle", "square", "triangle")
-COLORS = ("red", "green", "blue", "yellow")
+SHAPES = ("circle", "square", "triangle", "cross")
+COLORS = ("red", "green", "blue", "yellow", "white")
 NUM_KINDS = len(SHAPES) * len(COLORS)
 
 # Every scene layout belongs to exactly one part, by its hash, whatever the seed and the sizes of the parts.
@@ -37,6 +37,12 @@ def stream(config: WorldConfig, name: str) -> np.random.Generator:
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     """One item, uniformly."""
     return items[int(rng.integers(len(items)))]
+
+
+def pick_weighted(rng: np.random.Generator, rates: Mapping[T, float]) -> T:
+    """One of the keys, at rates proportional to the values."""
+    items, weights = list(rates), np.array(list(rates.values()))
+    return items[int(np.searchsorted(weights.cumsum(), rng.random() * weights.sum(), side="right"))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +127,10 @@ def _mixed(value: np.ndarray) -> np.ndarray:
 
 
 def _part_of(kinds: np.ndarray) -> np.ndarray:
-    """The part, as a place in `PARTS`, of each layout [n, cells]: 0 an empty cell, 1 + shape * 6 + color a thing."""
+    """The part, as a place in `PARTS`, of each layout [n, cells].
+
+    A cell is 0 where it is empty, else 1 + shape * len(COLORS) + color, by places in `SHAPES` and `COLORS`.
+    """
     value = np.zeros(len(kinds), dtype=np.uint64)
     for cell in kinds.T:
         value = value * np.uint64(NUM_KINDS + 1) + cell.astype(np.uint64)

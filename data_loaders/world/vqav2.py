@@ -12,7 +12,7 @@ import numpy as np
 
 from data_loaders.world.config import WorldConfig
 from data_loaders.world.questions import YES_NO, Asked, Q, Query, ask, yes
-from data_loaders.world.scenes import COLORS, SHAPES, Phrase, Pool, Scene, pick, random_phrase, stream
+from data_loaders.world.scenes import COLORS, SHAPES, Phrase, Pool, Scene, pick, pick_weighted, random_phrase, stream
 
 SPLITS = {"train": "train2014", "validation": "val2014", "test": "test2015"}
 HEADER = {
@@ -72,16 +72,20 @@ def how_many(phrase: Phrase, most: int) -> FreeFormQuery:
     )
 
 
+# Rates are per round, and a round is as many questions as there are answers.
+RATES = {"is there": 0.62, "what color": 0.1, "what shape": 0.1, "how many of an attribute": 0.1, "how many": 0.08}
+
+
 def draw_query(rng: np.random.Generator, config: WorldConfig) -> FreeFormQuery:
-    """A random question. Rates are per round, and a round is as many questions as there are answers."""
-    chance = rng.random()
-    if chance < 0.62:
+    """A random question, of the kinds and at the rates of `RATES`."""
+    kind = pick_weighted(rng, RATES)
+    if kind == "is there":
         return is_there(random_phrase(rng, 0.05, 0.05))
-    if chance < 0.72:
+    if kind == "what color":
         return what_color(pick(rng, SHAPES))
-    if chance < 0.82:
+    if kind == "what shape":
         return what_shape(pick(rng, COLORS))
-    if chance < 0.92:
+    if kind == "how many of an attribute":
         return how_many(random_phrase(rng, 0.5, 0.5), most=min(3, config.max_objects))
     return how_many(random_phrase(rng), most=min(2, config.max_objects))
 

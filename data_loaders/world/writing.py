@@ -30,7 +30,7 @@ from data_loaders.world.language import caption, machine_labels
 from data_loaders.world.scenes import Scene, scenes_of, stream
 from vlm.types import Record
 
-FORMAT = 2
+FORMAT = 3
 SPLITS = ("train", "validation", "test")
 CAPTION_FRACTION = 0.6  # of the unpaired texts; the others are questions and statements
 

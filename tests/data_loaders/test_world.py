@@ -140,6 +140,10 @@ def answer_of(text: str, scene: Scene) -> str:
         return yes(all(there) if m[2] == "and" else any(there))
     if m := is_(r"how many NOUN are there\?"):
         return str(len(named(m[1], scene)))
+    if m := is_(r"are there any NOUN\?"):
+        return yes(bool(named(m[1], scene)))
+    if m := is_(r"what is the (color|shape) of the NOUN\?"):
+        return str(getattr(only(named(m[2], scene)), m[1]))
     if m := is_(r"what (color|shape) is the NOUN\?"):
         return str(getattr(only(named(m[2], scene)), m[1]))
     if m := is_(r"what (color|shape) is the object SIDE the NOUN\?"):
