@@ -6,17 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_loaders.images import Images
 from data_loaders.shards import ShardReader
-from data_loaders.transforms import ImageTransform
 from vlm.errors import UserError
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.supervision import SourceConfig
 from vlm.supervision.sources import supervise
-from vlm.types import Batch, Example, Question, Record
+from vlm.types import Batch, Question
 
 
 class PairBatches:
@@ -30,30 +29,33 @@ class PairBatches:
         reader: ShardReader,
         positions: NDArray[np.int64],
         sources: Sequence[SourceConfig],
-        transform: ImageTransform,
+        images: Images,
         tokenizer: Tokenizer,
         negative_fraction: float = 0.0,
     ) -> None:
         self.reader, self.positions, self.sources = reader, positions, tuple(sources)
-        self.transform, self.tokenizer, self.negative_fraction = transform, tokenizer, negative_fraction
+        self.images, self.tokenizer, self.negative_fraction = images, tokenizer, negative_fraction
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        examples = [supervise(self.reader[int(self.positions[at])], self.sources) for at in positions]
-        extra = [self.reader[int(self.positions[at])] for at in self._other(len(positions))]
-        shown: list[Example | Record] = [*examples, *extra]
-        images = [self.transform(item.image, item.key) for item in shown]
+        examples = [supervise(self.reader.text(int(self.positions[at])), self.sources) for at in positions]
+        extra = [self.reader.text(int(self.positions[at])) for at in self._other(len(positions))]
+        keys = (*(example.key for example in examples), *(record.key for record in extra))
         ids, mask, special = self.tokenizer([example.text for example in examples])
         return Batch(
-            keys=tuple(item.key for item in shown),
-            image=torch.stack(images),
+            keys=keys,
+            image=self.images(keys),
             text_ids=ids,
             text_mask=mask,
             special_mask=special,
             sources=tuple(example.source for example in examples),
         )
+
+    def image_keys(self) -> list[str]:
+        """The distinct images of all examples."""
+        return [self.reader.text(int(position)).key for position in self.positions]
 
     def _other(self, count: int) -> list[int]:
         num_extra = round(self.negative_fraction * count)
@@ -64,24 +66,24 @@ class ImageBatches:
     """Images with their classes, no text: for vision encoders that are pretrained alone."""
 
     def __init__(
-        self, reader: ShardReader, positions: NDArray[np.int64], classes: Sequence[str], transform: ImageTransform
+        self, reader: ShardReader, positions: NDArray[np.int64], classes: Sequence[str], images: Images
     ) -> None:
-        self.reader, self.positions, self.transform = reader, positions, transform
+        self.reader, self.positions, self.images = reader, positions, images
         self.class_ids = {name: number for number, name in enumerate(classes)}
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        records = [self.reader[int(self.positions[at])] for at in positions]
+        records = [self.reader.text(int(self.positions[at])) for at in positions]
         targets = torch.zeros(len(records), len(self.class_ids))
         for row, record in enumerate(records):
             for name in record.classes:
                 if name not in self.class_ids:
                     raise UserError(f"{self.reader.index.folder}: {record.key} has the unknown class {name!r}")
                 targets[row, self.class_ids[name]] = 1.0
-        images = torch.stack([self.transform(record.image, record.key) for record in records])
-        return Batch(keys=tuple(record.key for record in records), image=images, targets=targets)
+        keys = tuple(record.key for record in records)
+        return Batch(keys=keys, image=self.images(keys), targets=targets)
 
 
 class TextBatches:
@@ -100,24 +102,19 @@ class TextBatches:
 
 
 class QuestionBatches:
-    """Questions with their images and targets; every image of a batch is decoded once.
-
-    `grey` replaces each image by an even grey, for the baseline that may not look.
-    """
+    """Questions with their images and targets."""
 
     def __init__(
         self,
         questions: Sequence[Question],
-        reader: ShardReader,
-        transform: ImageTransform,
+        images: Images,
         tokenizer: Tokenizer,
         target: Callable[[Question], Mapping[int, float]],
         num_classes: int,
         multi_label: bool,
-        grey: bool = False,
     ) -> None:
-        self.questions, self.reader, self.transform, self.tokenizer = questions, reader, transform, tokenizer
-        self.target, self.num_classes, self.multi_label, self.grey = target, num_classes, multi_label, grey
+        self.questions, self.images, self.tokenizer = questions, images, tokenizer
+        self.target, self.num_classes, self.multi_label = target, num_classes, multi_label
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -126,11 +123,10 @@ class QuestionBatches:
         questions = [self.questions[at] for at in positions]
         images_per_text = len(questions[0].image_keys)
         keys = [question.image_keys[place] for place in range(images_per_text) for question in questions]
-        pixels = {key: self._pixels(key) for key in dict.fromkeys(keys)}
         ids, mask, special = self.tokenizer([question.text for question in questions])
         return Batch(
             keys=tuple(question.id for question in questions),
-            image=torch.stack([pixels[key] for key in keys]),
+            image=self.images(keys),
             text_ids=ids,
             text_mask=mask,
             special_mask=special,
@@ -138,15 +134,9 @@ class QuestionBatches:
             images_per_text=images_per_text,
         )
 
-    def _pixels(self, key: str) -> UInt8[Tensor, "3 h w"]:
-        if self.grey:
-            return torch.full((3, self.transform.image_pixels, self.transform.image_pixels), 127, dtype=torch.uint8)
-        try:
-            return self.transform(self.reader[self.reader.position(key)].image, key)
-        except KeyError:
-            raise UserError(
-                f"{self.reader.index.folder}: a question asks for image {key!r}, which is not here"
-            ) from None
+    def image_keys(self) -> list[str]:
+        """The distinct images of all questions."""
+        return list(dict.fromkeys(key for question in self.questions for key in question.image_keys))
 
     def _targets(self, questions: Sequence[Question]) -> Tensor:
         soft = [self.target(question) for question in questions]

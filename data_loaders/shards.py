@@ -184,9 +184,20 @@ class ShardReader:
             os.close(descriptor)
 
     def __getitem__(self, position: int) -> Record:
+        return self._record(position, self.image(position))
+
+    def text(self, position: int) -> Record:
+        """The example without its image, whose bytes are not read."""
+        return self._record(position, b"")
+
+    def image(self, position: int) -> bytes:
+        """The encoded image of the example, and nothing else."""
+        index = self.index
+        return self._read(position, int(index.image_offset[position]), int(index.image_size[position]))
+
+    def _record(self, position: int, image: bytes) -> Record:
         index = self.index
         metadata = self._read(position, int(index.json_offset[position]), int(index.json_size[position]))
-        image = self._read(position, int(index.image_offset[position]), int(index.image_size[position]))
         try:
             values = json.loads(metadata)
             return Record(values["key"], image, **{name: tuple(values.get(name, ())) for name in METADATA})

@@ -6,10 +6,11 @@ import json
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from data_loaders import DataConfig, WorldData
 from vlm.config import Config, RunReference, dump_yaml, fingerprint, load_yaml, not_identity
@@ -44,7 +45,7 @@ class TrainerConfig(Config):
 
     batch_size: PositiveInt = 256
     accumulate: PositiveInt = 1  # micro-batches of a step on each rank
-    passes: PositiveFloat | None = None  # budget: passes over the supervised subset, or
+    passes: PositiveFloat | None = None  # budget: passes over the supervised subset, unless there are `samples`:
     samples: PositiveInt | None = None  # budget: examples seen, whatever the subset's size
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto"  # bf16-mixed on a GPU
     select: Literal["best", "last"] = "best"  # the checkpoint that is scored and handed on
@@ -55,6 +56,7 @@ class TrainerConfig(Config):
     accelerator: str = not_identity("auto")
     devices: PositiveInt = 1
     num_nodes: PositiveInt = 1
+    frozen_states_gib: NonNegativeFloat = not_identity(2.0)  # memory for the states of a frozen vision encoder
     strategy: str = not_identity("auto")  # Lightning's names: ddp, fsdp, ddp_find_unused_parameters_true, ...
     progress: bool = not_identity(True)
     log_every_steps: PositiveInt = not_identity(20, gt=0)
@@ -67,10 +69,16 @@ class TrainerConfig(Config):
     def micro_batch_size(self) -> int:
         return self.batch_size // (self.world_size * self.accumulate)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_budget(cls, given: Any) -> Any:
+        """`trainer.samples=N` alone replaces the passes that a config file gives; the value then holds one budget."""
+        if isinstance(given, dict) and given.get("samples") is not None:
+            return given | {"passes": None}
+        return given
+
     @model_validator(mode="after")
     def _divides(self) -> TrainerConfig:
-        if self.passes is not None and self.samples is not None:
-            raise ValueError("give passes or samples, not both")
         if self.batch_size % (self.world_size * self.accumulate):
             raise ValueError(
                 f"batch_size must be a multiple of devices * num_nodes * accumulate. "
@@ -131,14 +139,18 @@ def without_weights(config: ModelConfig) -> ModelConfig:
     for name in ("vision", "language"):
         encoder = getattr(config, name)
         plain: dict[str, Any] = {"pretrained": False} if hasattr(encoder, "pretrained") else {}
-        if _is_run(getattr(encoder, "weights", None)):
+        if _weights_of_run(encoder) is not None:
             plain["weights"] = None
         changed[name] = encoder.model_copy(update=plain)
     return config.model_copy(update=changed)
 
 
-def _is_run(weights: Path | None) -> bool:
-    return weights is not None and (weights / CONFIG).is_file()
+def _weights_of_run(encoder: Any) -> Path | None:
+    """The run folder that an encoder's weights come from: always one for our own, which nobody else publishes."""
+    weights: Path | None = getattr(encoder, "weights", None)
+    if weights is not None and (encoder.type == "tiny" or (weights / CONFIG).is_file()):
+        return weights
+    return None
 
 
 def build_tokenizer(config: RunConfig, root: Path) -> Tokenizer:
@@ -161,8 +173,8 @@ def build_model(config: RunConfig) -> VisionLanguageModel:
         model = without_weights(config.model).build()
         load_component(model, config.start_from, "model")
         return model
-    encoders = {name: getattr(config.model, name) for name in ("vision", "language")}
-    runs = {name: encoder.weights for name, encoder in encoders.items() if _is_run(getattr(encoder, "weights", None))}
+    weights = {name: _weights_of_run(getattr(config.model, name)) for name in ("vision", "language")}
+    runs = {name: run for name, run in weights.items() if run is not None}
     changed = {name: getattr(without_weights(config.model), name) for name in runs}
     model = config.model.model_copy(update=changed).build()
     for name, run in runs.items():
@@ -230,6 +242,7 @@ def pretraining_data(
     import numpy as np
 
     from data_loaders.collate import ImageBatches, PairBatches, TextBatches
+    from data_loaders.images import DecodedImages
     from data_loaders.shards import ShardReader, open_index
     from vlm.supervision.subset import window
 
@@ -241,19 +254,22 @@ def pretraining_data(
     train, validation = (ShardReader(open_index(folder / split)) for split in ("train", "validation"))
     chosen = window(train.index.hashes, supervision.fraction, supervision.subset_seed)
     held_out = _first(config, np.arange(len(validation)))
-    transforms = [image_transform(config, model, training) for training in (True, False)]
+    images = [
+        DecodedImages(reader, image_transform(config, model, training=reader is train))
+        for reader in (train, validation)
+    ]
     if config.data.part == "images":
         classes = tuple(sorted({name for record in validation for name in record.classes}))
         return (
-            ImageBatches(train, chosen, classes, transforms[0]),
-            ImageBatches(validation, held_out, classes, transforms[1]),
+            ImageBatches(train, chosen, classes, images[0]),
+            ImageBatches(validation, held_out, classes, images[1]),
             classes,
         )
     negatives = max((_negative_fraction(objective) for objective in config.objectives.values()), default=0.0)
     sources = supervision.sources
     return (
-        PairBatches(train, chosen, sources, transforms[0], tokenizer, negatives),
-        PairBatches(validation, held_out, sources, transforms[1], tokenizer, negatives),
+        PairBatches(train, chosen, sources, images[0], tokenizer, negatives),
+        PairBatches(validation, held_out, sources, images[1], tokenizer, negatives),
         (),
     )
 
@@ -298,20 +314,56 @@ def question_batches(
 ) -> BatchSource:
     """Questions joined to the task's images and to soft targets over `answers`."""
     from data_loaders.collate import QuestionBatches
+    from data_loaders.images import DecodedImages, GreyImages, Images
     from data_loaders.shards import ShardReader, open_index
 
-    reader = ShardReader(open_index(root / task.type / "images"))
+    if task.question_only:
+        images: Images = GreyImages(transform.image_pixels)
+    else:
+        images = DecodedImages(ShardReader(open_index(root / task.type / "images")), transform)
     answer_ids = {answer: number for number, answer in enumerate(answers)}
     return QuestionBatches(
         questions,
-        reader,
-        transform,
+        images,
         tokenizer,
         lambda question: task.target(question, answer_ids),
         len(answers),
         task.multi_label,
-        task.question_only,
     )
+
+
+def encode_frozen_images(config: RunConfig, model: VisionLanguageModel, source: Any, num_steps: int) -> None:
+    """Give `source` the states of its images in place of their pixels, where the vision encoder never changes.
+
+    Only where images are seen twice or more and all states fit `trainer.frozen_states_gib`: a step then neither
+    decodes nor encodes an image. Every rank encodes all of them for itself.
+    """
+    import torch
+    from rich.progress import track
+
+    from data_loaders.images import EncodedImages
+
+    options = config.trainer
+    if "vision" not in model.frozen or config.data.augmentation != "none" or not hasattr(source, "image_keys"):
+        return
+    keys = source.image_keys()
+    images_per_text = getattr(config.task, "images_per_text", 1)
+    if num_steps * options.batch_size * images_per_text < 2 * len(keys):
+        return
+    on_gpu = torch.cuda.is_available() and options.accelerator != "cpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    model.to(device).train()
+    limit = int(options.frozen_states_gib * 2**30)
+    with torch.no_grad():
+        encoded = EncodedImages.encode(
+            source.images,
+            keys,
+            lambda pixels: model.encode_image(pixels.to(device)),
+            limit,
+            shown=partial(track, description="encoding images", disable=not options.progress),
+        )
+    if encoded is not None:
+        source.images = encoded
 
 
 # --- From objects to steps and numbers -------------------------------------------------------------------------------
@@ -370,6 +422,7 @@ def _fit(
     options, folder = config.trainer, config.run_folder
     last = folder / LAST
     trainer = build_trainer(config, module.num_steps)
+    encode_frozen_images(config, module.model, train_source, module.num_steps)
     if module.num_steps == 0:  # a fraction of 0: the model as it was initialised is the result
         trainer.strategy.connect(module)
         trainer.save_checkpoint(last)

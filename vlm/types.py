@@ -56,10 +56,13 @@ class Question:
 
 @dataclass(slots=True)
 class Batch:
-    """Tensors of one micro-batch. Pixels stay bytes until they are on the device."""
+    """Tensors of one micro-batch. Pixels stay bytes until they are on the device.
+
+    Where the vision encoder is frozen, `image` may hold its states, computed once for the run, in place of pixels.
+    """
 
     keys: tuple[str, ...]
-    image: UInt8[Tensor, "b c h w"] | None = None
+    image: UInt8[Tensor, "b c h w"] | Float[Tensor, "b p d"] | None = None
     text_ids: Int[Tensor, "b l"] | None = None
     text_mask: Bool[Tensor, "b l"] | None = None  # True at real tokens
     special_mask: Bool[Tensor, "b l"] | None = None  # True at CLS, SEP and padding: never masked out for prediction

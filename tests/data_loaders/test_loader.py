@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_loaders.collate import ImageBatches, PairBatches, QuestionBatches, TextBatches
+from data_loaders.images import DecodedImages, EncodedImages, GreyImages
 from data_loaders.loader import BatchSource, TrainOrder, evaluation_loader, step_seed, train_loader
 from data_loaders.shards import ShardReader, write_shards
 from data_loaders.transforms import ImageTransform, decode_image
@@ -55,8 +56,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> ShardReader:
 @pytest.fixture
 def pairs(reader: ShardReader, tokenizer: Tokenizer) -> PairBatches:
     """Pairs whose batches draw extra images from torch's generator."""
-    transform = ImageTransform(4)
-    return PairBatches(reader, np.arange(COUNT), [CaptionsConfig()], transform, tokenizer, negative_fraction=0.5)
+    images = DecodedImages(reader, ImageTransform(4))
+    return PairBatches(reader, np.arange(COUNT), [CaptionsConfig()], images, tokenizer, negative_fraction=0.5)
 
 
 @pytest.fixture
@@ -187,16 +188,16 @@ def test_a_batch_of_pairs_holds_its_texts_then_extra_images(pairs: PairBatches, 
     assert batch.sources == ("human",) * 4
     for key, ids, pixels in zip(batch.keys, batch.text_ids, batch.image, strict=False):
         assert tokenizer.decode(ids.tolist()) == f"a {key} picture"
-        assert torch.equal(pixels, pairs.transform(encoded(Image.new("RGB", (8, 8), key))))
+        assert torch.equal(pixels, ImageTransform(4)(encoded(Image.new("RGB", (8, 8), key))))
     assert torch.equal(batch.special_mask, torch.isin(batch.text_ids, torch.tensor([0, 1, 2])))
 
 
 def test_an_image_without_a_text_stays_in_its_batch(reader: ShardReader, tokenizer: Tokenizer) -> None:
     """Its text is empty: CLS and SEP alone."""
-    source = PairBatches(reader, np.arange(COUNT), [ClassNamesConfig()], ImageTransform(4), tokenizer)
     without = Record("plain", encoded(Image.new("RGB", (8, 8))))
     mixed = ShardReader(write_shards([without, reader[0]], reader.index.folder.parent / "mixed"))
-    batch = PairBatches(mixed, np.arange(2), [ClassNamesConfig()], source.transform, tokenizer).batch([0, 1])
+    images = DecodedImages(mixed, ImageTransform(4))
+    batch = PairBatches(mixed, np.arange(2), [ClassNamesConfig()], images, tokenizer).batch([0, 1])
     of = dict(zip(batch.keys, batch.sources, strict=True))
     assert of == {"plain": "none", reader[0].key: "class_name"}
     assert batch.text_mask is not None
@@ -205,20 +206,20 @@ def test_an_image_without_a_text_stays_in_its_batch(reader: ShardReader, tokeniz
 
 def test_images_have_all_their_classes_as_targets(reader: ShardReader) -> None:
     classes = tuple(sorted({color[0] for color in COLORS}))
-    batch = ImageBatches(reader, np.arange(COUNT), classes, ImageTransform(4)).batch(range(COUNT))
+    images = DecodedImages(reader, ImageTransform(4))
+    batch = ImageBatches(reader, np.arange(COUNT), classes, images).batch(range(COUNT))
     assert batch.targets is not None
     assert [classes[int(row.argmax())] for row in batch.targets] == [key[0] for key in batch.keys]
     assert torch.equal(batch.targets.sum(1), torch.ones(COUNT))
     with pytest.raises(UserError, match="has the unknown class"):
-        ImageBatches(reader, np.arange(COUNT), classes[1:], ImageTransform(4)).batch(range(COUNT))
+        ImageBatches(reader, np.arange(COUNT), classes[1:], images).batch(range(COUNT))
 
 
 def questions_over(reader: ShardReader, tokenizer: Tokenizer, keys: tuple[str, ...], grey: bool = False) -> Batch:
     asked = [Question("1", "a red picture", keys, ("red",)), Question("2", "a blue picture", keys[::-1], ())]
     ids = {"red": 0, "blue": 1}
-    source = QuestionBatches(
-        asked, reader, ImageTransform(4), tokenizer, lambda q: {ids[a]: 1.0 for a in q.answers}, 2, False, grey
-    )
+    images = GreyImages(4) if grey else DecodedImages(reader, ImageTransform(4))
+    source = QuestionBatches(asked, images, tokenizer, lambda q: {ids[a]: 1.0 for a in q.answers}, 2, False)
     return source.batch([0, 1])
 
 
@@ -243,8 +244,25 @@ def test_the_baseline_that_may_not_look_sees_an_even_grey(reader: ShardReader, t
 
 
 def test_a_question_about_a_missing_image_names_it(reader: ShardReader, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="a question asks for image 'nowhere', which is not here"):
+    with pytest.raises(UserError, match="image 'nowhere' is asked for, but it is not here"):
         questions_over(reader, tokenizer, ("nowhere",))
+
+
+def test_states_stand_in_for_pixels_under_the_same_keys(pairs: PairBatches) -> None:
+    """Each image goes through the encoder once, whatever is asked for later."""
+    seen: list[int] = []
+
+    def encoder(pixels: Tensor) -> Tensor:
+        seen.append(len(pixels))
+        return pixels.float().mean((2, 3))[:, None]
+
+    keys = pairs.image_keys()
+    assert sorted(keys) == sorted(COLORS)
+    states = EncodedImages.encode(pairs.images, keys, encoder, max_bytes=COUNT * 3 * 4, batch_size=4)
+    assert states is not None and seen == [4, 4, 2]
+    asked = ["blue", "red", "blue"]
+    assert torch.equal(states(asked), pairs.images(asked).float().mean((2, 3))[:, None])
+    assert EncodedImages.encode(pairs.images, keys, encoder, max_bytes=COUNT * 3 * 4 - 1, batch_size=4) is None
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------

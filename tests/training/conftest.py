@@ -29,7 +29,7 @@ SMALL_MODEL = [
     "model.fusion.depth=1",
     "model.fusion.dropout=0.1",
 ]
-QUICK = ["~trainer.passes", "trainer.accelerator=cpu", "trainer.progress=false", "trainer.batch_size=16"]
+QUICK = ["trainer.accelerator=cpu", "trainer.progress=false", "trainer.batch_size=16"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import vlm
 from vlm.config import dump_yaml
+from vlm.errors import UserError
 from vlm.run import CONFIG, LAST, RunConfig, read_checkpoint, train
 
 MakeConfig = Callable[..., RunConfig]
@@ -145,3 +146,25 @@ def test_a_loaded_model_encodes_pictures_with_texts(make_config: MakeConfig) -> 
     again = loaded.encode([Image.new("RGB", (80, 60), "red")], ["a red circle"])
     assert again.pooled is not None
     assert torch.equal(encoded.pooled, again.pooled)
+
+
+def test_a_number_of_samples_replaces_the_passes_of_the_config_file(make_config: MakeConfig) -> None:
+    config = make_config("pretrain", "trainer.samples=48")
+    assert (config.trainer.passes, config.trainer.num_steps(1000)) == (None, 3)
+    assert make_config("pretrain", "trainer.passes=0.5").trainer.num_steps(1000) == 32
+
+
+@pytest.mark.parametrize("encoder", ["vision", "language"])
+def test_weights_that_are_no_run_are_refused_before_training(make_config: MakeConfig, encoder: str) -> None:
+    config = make_config("pretrain", "trainer.samples=16", f"model.{encoder}.weights=runs/misspelt")
+    with pytest.raises(UserError, match="misspelt"):
+        train(config)
+
+
+@pytest.mark.parametrize(("name", "options"), [("pretrain", ()), ("finetune", ("task=nlvr2",))])
+def test_states_of_a_frozen_encoder_give_the_weights_that_its_pixels_give(
+    make_config: MakeConfig, name: str, options: tuple[str, ...]
+) -> None:
+    frozen = ("model.vision.frozen=true", "trainer.samples=160", "trainer.select=last", *options)
+    folders = [train(make_config(name, *frozen, f"trainer.frozen_states_gib={gib}", folder=f"{gib}")) for gib in (0, 1)]
+    assert_same_weights(*folders, tolerance=1e-5)

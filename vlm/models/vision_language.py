@@ -49,8 +49,13 @@ class VisionLanguageModel(nn.Module):
             getattr(self, name).eval()
         return self
 
-    def encode_image(self, image: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b p dv"]:
-        """States of the vision encoder alone. Pixels are bytes and are normalised here, on the device."""
+    def encode_image(self, image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b p dv"]) -> Float[Tensor, "b p dv"]:
+        """States of the vision encoder alone. Pixels are bytes and are normalised here, on the device.
+
+        What is not bytes are states already, which a frozen encoder gave before.
+        """
+        if image.is_floating_point():
+            return image
         pixels = (image - cast(Tensor, self.pixel_mean)) / cast(Tensor, self.pixel_std)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.frozen):
             return self.vision(pixels)  # type: ignore[no-any-return]
@@ -60,7 +65,9 @@ class VisionLanguageModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and "language" not in self.frozen):
             return self.language(ids, mask)  # type: ignore[no-any-return]
 
-    def encode(self, image: UInt8[Tensor, "b 3 h w"] | None, views: Sequence[View]) -> list[Encoded]:
+    def encode(
+        self, image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b p dv"] | None, views: Sequence[View]
+    ) -> list[Encoded]:
         """The states of each view, in order, with nothing computed twice."""
         image_states = None
         if any(view.kind != "text" for view in views):

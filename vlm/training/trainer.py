@@ -25,6 +25,7 @@ EXPECTED_WARNINGS = (
     "The 'val_dataloader' does not have many workers",
     ".isinstance.treespec, LeafSpec.. is deprecated",  # inside Lightning, with newer torch
     "You're resuming from a checkpoint that ended before the epoch ended",  # our loader starts at the right batch
+    "Found .* module.s. in eval mode at the start of training",  # frozen encoders are to be
     "The number of training batches .* is smaller than the logging interval",
 )
 
