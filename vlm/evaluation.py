@@ -108,12 +108,11 @@ def match_matrix(
     size, device = config.trainer.evaluation_batch_size, next(model.parameters()).device
     rows = []
     with torch.inference_mode():
-        image_states = torch.cat([model.encode_image(part.to(device)) for part in images.split(size)])
+        projected = [model.vision_projection(model.encode_image(part.to(device))) for part in images.split(size)]
         for start in _bar(range(0, len(texts)), "matching", config.trainer.progress):
             ids, mask, _ = tokenizer(texts[start : start + 1])
             text_states = model.encode_text(ids.to(device), mask.to(device))
-            row = [head(model.fuse_all(part, text_states, mask.to(device))) for part in image_states.split(size)]
-            logits = torch.cat(row)
+            logits = torch.cat([head(model.fuse_all(part, text_states, mask.to(device))) for part in projected])
             rows.append((logits[:, 1] - logits[:, 0]).float().cpu())
     return torch.stack(rows)
 

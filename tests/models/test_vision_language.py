@@ -178,7 +178,8 @@ def test_one_text_with_all_images_equals_its_pairs(tokenizer: Tokenizer) -> None
     with torch.no_grad():
         view = View("pair", ids, mask, text_index=torch.full((SIZE,), 2), image_index=torch.arange(SIZE))
         expected = model.encode(image, [view])[0].pooled
-        pooled = model.fuse_all(model.encode_image(image), model.encode_text(ids[2:3], mask[2:3]), mask[2:3])
+        projected = model.vision_projection(model.encode_image(image))
+        pooled = model.fuse_all(projected, model.encode_text(ids[2:3], mask[2:3]), mask[2:3])
     torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=0)
 
 

@@ -51,6 +51,22 @@ def test_the_loss_equals_a_hand_computation(temperature: float) -> None:
     assert loss.count == COUNT
 
 
+def test_an_example_that_comes_twice_is_no_negative_of_itself() -> None:
+    """With a and c the same example, the loss is the mean over three kinds of row, none of which sees its double."""
+    objective, encoded = Contrastive(ContrastiveConfig()), make_encoded()
+    ids, mask = torch.zeros(COUNT, LENGTH, dtype=torch.long), torch.ones(COUNT, LENGTH, dtype=torch.bool)
+    view = objective.view(Batch(("a", "b", "a", "d"), None, ids, mask, SPECIAL))
+    assert view.targets["again"].nonzero().tolist() == [[0, 2], [2, 0]]
+    assert encoded.image is not None
+    encoded.image[2] = encoded.image[0]
+    assert encoded.text is not None
+    aligned = encoded.image[:, 1:].mean(1)
+    encoded.text = aligned[:, None].expand(-1, LENGTH, -1)
+    own = objective.loss(view, encoded).value
+    distinct = objective.loss(make_view(objective), encoded).value
+    assert float(distinct.detach()) > float(own.detach()) + 0.3  # a double costs each of the two rows log(2)
+
+
 def test_images_beyond_the_texts_are_ignored() -> None:
     objective = Contrastive(ContrastiveConfig())
     view = make_view(objective)

@@ -94,6 +94,15 @@ def test_random_negatives_are_the_extra_images_each_once() -> None:
     assert met_own > 0
 
 
+def test_in_batch_negatives_leave_the_images_alone_that_another_objective_drew() -> None:
+    extra = ("x", "y", "z", "w")
+    objective, batch = build(), make_batch((*DISTINCT[:8], *extra), 8)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        image_index, _ = pairs(objective.view(batch))
+        assert int(image_index.max()) < 8
+
+
 def test_a_single_pair_has_no_negative() -> None:
     image_index, matched = pairs(build().view(make_batch(("a",), 1)))
     assert image_index.tolist() == [0]

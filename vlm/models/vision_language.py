@@ -94,11 +94,10 @@ class VisionLanguageModel(nn.Module):
         return encoded
 
     def fuse_all(
-        self, image_states: Float[Tensor, "b p dv"], text_states: Float[Tensor, "1 l dl"], mask: Bool[Tensor, "1 l"]
+        self, image: Float[Tensor, "b p d"], text_states: Float[Tensor, "1 l dl"], mask: Bool[Tensor, "1 l"]
     ) -> Float[Tensor, "b pooled"]:
-        """Pooled pairs of one text with every image, from states of the encoders alone."""
-        size = len(image_states)
-        image = self.vision_projection(image_states)
+        """Pooled pairs of one text, from states of the language encoder, with every image, projected once before."""
+        size = len(image)
         text = self.language_projection(text_states).expand(size, -1, -1)
         fused_image, fused_text = self.fusion(image, text, mask.expand(size, -1))
         return self.pooler(fused_text, fused_image)  # type: ignore[no-any-return]

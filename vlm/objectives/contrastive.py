@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm.objectives.matching import same_key
 from vlm.objectives.objective import Objective
 from vlm.types import Batch, Encoded, Loss, View
 
@@ -31,8 +32,9 @@ class Contrastive(Objective):
 
     def view(self, batch: Batch) -> View:
         assert batch.special_mask is not None
-        words = ~batch.special_mask
-        return View("apart", batch.text_ids, batch.text_mask, targets={"words": words})
+        same = same_key(batch)[:, : len(batch.special_mask)]
+        again = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+        return View("apart", batch.text_ids, batch.text_mask, targets={"words": ~batch.special_mask, "again": again})
 
     def loss(self, view: View, encoded: Encoded) -> Loss:
         words = view.targets["words"].unsqueeze(-1)
@@ -40,6 +42,7 @@ class Contrastive(Objective):
         image = cast(Tensor, encoded.image)[: len(text), 1:].mean(1)  # beyond them lie images drawn as negatives
         scale = self.log_scale.exp().clamp(max=MAX_SCALE)
         similarity = scale * F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T
+        similarity = similarity.masked_fill(view.targets["again"], -math.inf)  # an example is no negative of itself
         own = torch.arange(len(text), device=text.device)
         loss = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
         return Loss(loss, len(text), {"accuracy": (similarity.argmax(-1) == own).float().mean()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,12 +36,12 @@ class Matching(Objective):
         num_negatives = round(self.config.negative_fraction * count) if count > 1 else 0
         chosen = torch.randperm(count, device=device)[:num_negatives]
         image_index = torch.arange(count, device=device)
-        if len(batch.image) > count:  # the loader drew an extra image for each negative
+        if self.config.negatives == "random":  # the loader appended an extra image for each negative
             image_index[chosen] = torch.arange(count, count + num_negatives, device=device)
         else:
             image_index[chosen] = (chosen + torch.randint(1, max(count, 2), chosen.shape, device=device)) % count
         matched = image_index == torch.arange(count, device=device)
-        matched |= _same_key(batch, image_index)
+        matched |= same_key(batch)[torch.arange(count, device=device), image_index]
         return View("pair", batch.text_ids, batch.text_mask, image_index=image_index, targets={"matched": matched})
 
     def loss(self, view: View, encoded: Encoded) -> Loss:
@@ -49,8 +50,10 @@ class Matching(Objective):
         return Loss(F.cross_entropy(logits, matched), len(matched), {"accuracy": accuracy})
 
 
-def _same_key(batch: Batch, image_index: Tensor) -> Tensor:
-    """True where the drawn image is the text's own: a small subset can hold an example twice in one batch."""
+def same_key(batch: Batch) -> Bool[Tensor, "b n"]:
+    """True where image n is the text's own: a small subset can hold an example twice in one batch."""
+    assert batch.text_ids is not None
     numbers = {key: number for number, key in enumerate(dict.fromkeys(batch.keys))}
-    keys = torch.tensor([numbers[key] for key in batch.keys], device=image_index.device)
-    return keys[image_index] == keys[: len(image_index)]
+    keys = torch.tensor([numbers[key] for key in batch.keys], device=batch.text_ids.device)
+    same: Tensor = keys[: len(batch.text_ids), None] == keys[None]
+    return same
