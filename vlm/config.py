@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # Hydra takes longer to import than everything else here, and
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
-FINGERPRINT_FORMAT = 1
+FINGERPRINT_FORMAT = 2
 """Enters every fingerprint. Raise it when a default changes: old fingerprints would otherwise mean new values."""
 
 KeyPath = tuple[str | int, ...]
