@@ -21,7 +21,8 @@ from vlm.types import Batch, Question
 class PairBatches:
     """Supervised image-text pairs of a window of the shards.
 
-    `extra_images` is how many images of other examples are appended to a batch (the published random negatives).
+    `negative_fraction`: how many images of other examples are appended, as a share of the batch (the published random
+    negatives).
     """
 
     def __init__(

@@ -356,8 +356,16 @@ def test_two_values_share_a_fingerprint_exactly_if_they_share_the_numbers() -> N
 
 
 def test_the_fingerprint_follows_a_run_by_its_name_not_by_its_place() -> None:
-    here, there, other = (RunConfig(start=Path(folder)) for folder in ("runs/a-1", "/mnt/runs/a-1", "runs/a-2"))
+    one, two = "a-0123456789ab", "a-0123456789ac"
+    here, there, other = (
+        RunConfig(start=Path(folder)) for folder in (f"runs/{one}", f"/mnt/runs/{one}", f"runs/{two}")
+    )
     assert fingerprint(here) == fingerprint(there) != fingerprint(other)
+
+
+def test_a_path_without_a_fingerprint_counts_whole() -> None:
+    files = (RunConfig(start=Path(folder)) for folder in ("first/model.safetensors", "second/model.safetensors"))
+    assert len({fingerprint(config) for config in files}) == 2
 
 
 def test_a_field_added_with_a_default_changes_no_fingerprint() -> None:

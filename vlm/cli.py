@@ -121,12 +121,24 @@ def _train(options: argparse.Namespace) -> None:
             raise UserError(f"{options.config}: a run resumes as it began, without {' '.join(options.overrides)}")
         from vlm.run import resume
 
-        resume(Path(options.config))
+        _report(resume(Path(options.config)))
         return
     config = _compose(options)
     from vlm.run import train
 
-    train(config)
+    _report(train(config))
+
+
+def _report(run: Path) -> None:
+    """The scores of a finished run, and where it lies."""
+    import json
+
+    from vlm.run import RESULT
+
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        for name, value in json.loads((run / RESULT).read_text())["scores"].items():
+            print(f"{name:24} {value:8.2f}")
+        print(run)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

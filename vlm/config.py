@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union
 
 import pydantic
 import yaml
@@ -43,7 +43,9 @@ class ConfigError(UserError):
 class Config(pydantic.BaseModel):
     """Base of all configuration: frozen, with unknown keys and wrong types refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    alternatives: ClassVar[tuple[str, ...]] = ()  # fields of which an override that sets one drops the others
 
 
 class _ReferenceMarker:
@@ -51,7 +53,7 @@ class _ReferenceMarker:
 
 
 RunReference = Annotated[Path, _ReferenceMarker()]
-"""The folder of another run. Only its final name, which ends in that run's fingerprint, counts in `fingerprint`."""
+"""The folder of another run, or a file of weights. A name that ends in a fingerprint stands for the run."""
 
 
 def not_identity(default: Any, **constraints: Any) -> Any:
@@ -125,7 +127,7 @@ def compose(name: str | None, overrides: Sequence[str], schema: type[C], config_
     choices, settings = _split_overrides(overrides, folders)
     composed, files = _hydra_compose(name, choices, folders) if name is not None else (OmegaConf.create({}), [])
     for setting in settings:
-        _apply(composed, setting)
+        _apply(composed, setting, schema)
     tree = _resolve(composed)
     from_overrides = {setting.key_or_group for setting in settings}
     return _validate(tree, schema, lambda path: _source_file(path, files, from_overrides))
@@ -137,7 +139,7 @@ def apply_overrides(config: C, overrides: Sequence[str]) -> C:
 
     tree = OmegaConf.create(config.model_dump(mode="json"))
     for setting in _split_overrides(overrides, [])[1]:
-        _apply(tree, setting)
+        _apply(tree, setting, type(config))
     return _validate(_resolve(tree), type(config), lambda _: None)
 
 
@@ -263,7 +265,7 @@ def _hydra_compose(
     return composed, files
 
 
-def _apply(tree: DictConfig, setting: Override) -> None:
+def _apply(tree: DictConfig, setting: Override, schema: type[Config]) -> None:
     """Set or delete one value in the composed tree."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -283,6 +285,11 @@ def _apply(tree: DictConfig, setting: Override) -> None:
         else:
             names_variant = isinstance(value, dict) and "type" in value
             OmegaConf.update(tree, key, value, merge=not names_variant, force_add=True)
+        for model in _models(_locate(tuple(parent.split(".")), schema)[1]) if parent and value is not None else ():
+            alternatives = getattr(model, "alternatives", ())
+            for other in alternatives if leaf in alternatives else ():
+                if other != leaf:
+                    OmegaConf.update(tree, f"{parent}.{other}", None, force_add=True)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"override {setting.input_line!r}: {str(error).splitlines()[0]}") from None
 
@@ -583,12 +590,16 @@ def _shown_path(path: Path) -> str:
 # --- Fingerprint: a value to its name --------------------------------------------------------------------------------
 
 
+_ENDS_IN_FINGERPRINT = re.compile(r"-[0-9a-f]{12}$")
+
+
 def fingerprint(config: Config) -> str:
     """12 hex digits of the SHA-256 of what decides the run's numbers.
 
     Left out: fields declared with `not_identity`, and fields that equal their default, so that a field added later
     changes no old fingerprint. `type` always counts. The price: a default that changes must raise
-    `FINGERPRINT_FORMAT`. Of a `RunReference` only the final name counts, so that the runs folder can move.
+    `FINGERPRINT_FORMAT`. Of a `RunReference` that ends in a fingerprint only the final name counts, so that the runs
+    folder can move; any other path counts whole.
     """
     content = {"format": FINGERPRINT_FORMAT, "config": _identity(config)}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -618,7 +629,7 @@ def _identity(value: Any, is_reference: bool = False) -> Any:
     if isinstance(value, set | frozenset):
         return sorted((_identity(inner, is_reference) for inner in value), key=str)
     if isinstance(value, Path):
-        return value.name if is_reference else value.as_posix()
+        return value.name if is_reference and _ENDS_IN_FINGERPRINT.search(value.name) else value.as_posix()
     if value is None or isinstance(value, str | int | float | bool):
         return value
     return pydantic.TypeAdapter(type(value)).dump_python(value, mode="json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -12,16 +12,22 @@ from rich.progress import track
 from torch import Tensor
 
 from data_loaders.loader import evaluation_loader
+from vlm.config import load_yaml
+from vlm.errors import UserError
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.models.vision_language import VisionLanguageModel
-from vlm.run import image_transform, load_component, question_batches, read_checkpoint
-from vlm.tasks.retrieval import RetrievalTask, retrieval_scores
+from vlm.run import (
+    CONFIG,
+    RunConfig,
+    image_transform,
+    load_component,
+    question_batches,
+    read_checkpoint,
+)
+from vlm.tasks.retrieval import Rank, RetrievalTask, retrieval_scores
 from vlm.tasks.task import Task
 from vlm.training.finetuning import Finetuning, answer_logits
 from vlm.training.module import TrainingModule
-
-if TYPE_CHECKING:
-    from vlm.run import RunConfig
 
 T = TypeVar("T")
 
@@ -40,7 +46,7 @@ def evaluate_answers(config: RunConfig, root: Path, module: TrainingModule, toke
     source = question_batches(task, root, questions, module.answers, transform, tokenizer)
     rank, world_size = _rank()
     loader = evaluation_loader(source, config.trainer.evaluation_batch_size, rank, world_size, config.data.num_workers)
-    device = _device()
+    device = _device(config)
     module.to(device).eval()
     predictions: dict[str, str] = {}
     with torch.inference_mode():
@@ -62,14 +68,17 @@ def evaluate_retrieval(
 ) -> dict[str, float]:
     """Rank all images for each text and all texts for each image by the matching head of `start_from`."""
     from data_loaders.shards import ShardReader, open_index
-    from vlm.errors import UserError
 
     task = cast(RetrievalTask, config.task)
     if config.start_from is None:
         raise UserError("task=retrieval: start_from must name a pretraining run with a matching objective")
     head = torch.nn.Linear(2 * model.width, 2)
-    load_component(head, config.start_from, "objectives.matching.head")
-    device = _device()
+    objectives = load_yaml(config.start_from / CONFIG, RunConfig).objectives
+    named = next((name for name, objective in objectives.items() if objective.type == "matching"), None)
+    if named is None:
+        raise UserError(f"{config.start_from}: this run has no matching objective, whose head retrieval ranks by")
+    load_component(head, config.start_from, f"objectives.{named}.head")
+    device = _device(config)
     model.to(device).eval()
     head.to(device)
     transform = image_transform(config, model, training=False)
@@ -81,7 +90,7 @@ def evaluate_retrieval(
             [transform(reader[reader.position(q.image_keys[0])].image, q.image_keys[0]) for q in questions]
         )
         matches = match_matrix(model, head, images, [q.text for q in questions], tokenizer, config)
-        ranks = {"text_to_image": expected_ranks(matches), "image_to_text": expected_ranks(matches.T)}
+        ranks = {"text_to_image": ranks_of(matches), "image_to_text": ranks_of(matches.T)}
         scores |= {f"{name}/{metric}": value for metric, value in retrieval_scores(ranks).items()}
         scores[f"{name}/chance"] = 100 / len(questions)
         scores |= {f"{name}/recall_at_{k}/chance": min(100 * k / len(questions), 100.0) for k in (5, 10)}
@@ -89,11 +98,11 @@ def evaluate_retrieval(
     return scores
 
 
-def expected_ranks(matches: Float[Tensor, "queries items"]) -> list[float]:
-    """For each query the rank of its own item, 0 the first. Among ties it stands in the middle, never before them."""
+def ranks_of(matches: Float[Tensor, "queries items"]) -> list[Rank]:
+    """For each query how many items stand above its own, and how many level with it. NaN is level with everything."""
     own = matches.diagonal()[:, None]
-    above, not_below = (matches > own).sum(1), (~(matches < own)).sum(1) - 1  # NaN ties with everything
-    return ((above + not_below) / 2).tolist()
+    above, not_below = (matches > own).sum(1), (~(matches < own)).sum(1)
+    return list(zip(above.tolist(), (not_below - above - 1).tolist(), strict=True))
 
 
 def match_matrix(
@@ -140,8 +149,9 @@ def _load_selected(module: TrainingModule, config: RunConfig) -> None:
     module.load_state_dict(read_checkpoint(config.run_folder, chosen)["state_dict"])
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def _device(config: RunConfig) -> torch.device:
+    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def _rank() -> tuple[int, int]:

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data_loaders.transforms import ImageTransform
-from vlm.config import load_yaml
+from vlm.config import CustomConfig, load_yaml
 from vlm.errors import UserError
+from vlm.models import ModelConfig
 from vlm.models.heads import AnswerHead
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.models.vision_language import VisionLanguageModel
@@ -110,16 +111,27 @@ def _picture(image: Picture) -> tuple[Image.Image | bytes, str]:
         raise UserError(f"{image}: cannot be read ({error.strerror})") from None
 
 
-def load(run_or_checkpoint: str | Path) -> LoadedModel:
+def _code_of(config: ModelConfig) -> str | None:
+    """The first class from outside that building this model would call."""
+    parts = (getattr(config, name) for name in type(config).model_fields)
+    return next((part.target for part in parts if isinstance(part, CustomConfig)), None)
+
+
+def load(run_or_checkpoint: str | Path, trust_code: bool = False) -> LoadedModel:
     """The model of a run's folder, or of a checkpoint inside one, ready for use.
 
-    Reads weights and plain values only; nothing in the folder is executed.
+    Reads weights and plain values only. A config may also name code from outside (`type: custom`), which is imported
+    and run only with `trust_code=True`.
     """
     path = Path(run_or_checkpoint)
     folder, name = (path.parent, path.name) if path.suffix == ".ckpt" else (path, None)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no run here ({CONFIG} is missing)")
     config = load_yaml(folder / CONFIG, RunConfig)
+    if not trust_code and (target := _code_of(config.model)):
+        raise UserError(
+            f"{folder}: its model runs outside code ({target}). If you trust it: load(..., trust_code=True)"
+        )
     checkpoint = read_checkpoint(folder, name)
     states: dict[str, Tensor] = checkpoint["state_dict"]
     model = without_weights(config.model).build()

@@ -8,15 +8,15 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from data_loaders import DataConfig, WorldData
-from vlm.config import Config, RunReference, dump_yaml, fingerprint, load_yaml, not_identity
+from vlm.config import Config, CustomConfig, RunReference, dump_yaml, fingerprint, load_yaml, not_identity
 from vlm.errors import UserError
 from vlm.models import ModelConfig
-from vlm.objectives import MatchingConfig, ObjectiveConfig
+from vlm.objectives import ImageClassesConfig, MaskedLanguageConfig, MatchingConfig, ObjectiveConfig
 from vlm.supervision import SupervisionConfig
 from vlm.tasks import TaskConfig
 from vlm.training.optimizer import OptimizerConfig
@@ -30,22 +30,18 @@ if TYPE_CHECKING:
     from vlm.models.vision_language import VisionLanguageModel
     from vlm.training.module import TrainingModule
 
-CONFIG, RESULT, LAST, BEST, TOKENIZER, INPUTS = (
-    "config.yaml",
-    "result.json",
-    "last.ckpt",
-    "best.ckpt",
-    "tokenizer.json",
-    "inputs.json",
-)
+CONFIG, RESULT, TOKENIZER = "config.yaml", "result.json", "tokenizer.json"
+LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class TrainerConfig(Config):
     """How long, how large and on what. `batch_size` counts examples of one optimizer step over all ranks."""
 
+    alternatives: ClassVar[tuple[str, ...]] = ("passes", "samples")
+
     batch_size: PositiveInt = 256
     accumulate: PositiveInt = 1  # micro-batches of a step on each rank
-    passes: PositiveFloat | None = None  # budget: passes over the supervised subset, unless there are `samples`:
+    passes: PositiveFloat | None = None  # budget: passes over the supervised subset, or
     samples: PositiveInt | None = None  # budget: examples seen, whatever the subset's size
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto"  # bf16-mixed on a GPU
     select: Literal["best", "last"] = "best"  # the checkpoint that is scored and handed on
@@ -69,16 +65,10 @@ class TrainerConfig(Config):
     def micro_batch_size(self) -> int:
         return self.batch_size // (self.world_size * self.accumulate)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_budget(cls, given: Any) -> Any:
-        """`trainer.samples=N` alone replaces the passes that a config file gives; the value then holds one budget."""
-        if isinstance(given, dict) and given.get("samples") is not None:
-            return given | {"passes": None}
-        return given
-
     @model_validator(mode="after")
     def _divides(self) -> TrainerConfig:
+        if self.passes is not None and self.samples is not None:
+            raise ValueError("give passes or samples, not both")
         if self.batch_size % (self.world_size * self.accumulate):
             raise ValueError(
                 f"batch_size must be a multiple of devices * num_nodes * accumulate. "
@@ -91,7 +81,9 @@ class TrainerConfig(Config):
         if num_examples == 0:
             return 0
         samples = self.samples if self.passes is None else self.passes * num_examples
-        return math.ceil((samples or 0) / self.batch_size)
+        if samples is None:
+            raise UserError("trainer: no budget. Give trainer.passes or trainer.samples")
+        return math.ceil(samples / self.batch_size)
 
 
 class RunConfig(Config):
@@ -113,6 +105,12 @@ class RunConfig(Config):
     def _one_purpose(self) -> RunConfig:
         if bool(self.objectives) == (self.task is not None):
             raise ValueError("give objectives (pretraining) or a task (fine-tuning), and not both")
+        if self.optimizer.clip_norm is not None and "fsdp" in self.trainer.strategy:
+            raise ValueError("trainer.strategy=fsdp cannot clip by norm. Give optimizer.clip_norm=null")
+        for name, objective in self.objectives.items():
+            wanted = _part_of(objective)
+            if wanted is not None and wanted != self.data.part:
+                raise ValueError(f"objectives.{name} ({objective.type}) needs data.part={wanted}. Got {self.data.part}")
         return self
 
     @property
@@ -120,17 +118,33 @@ class RunConfig(Config):
         return self.folder or Path("runs") / f"{self.name}-{fingerprint(self)}"
 
 
+def _part_of(objective: ObjectiveConfig) -> str | None:
+    """The part of the data that an objective learns from; None where only it knows."""
+    if isinstance(objective, CustomConfig):
+        return None
+    if isinstance(objective, ImageClassesConfig):
+        return "images"
+    return "texts" if isinstance(objective, MaskedLanguageConfig) and not objective.with_image else "pairs"
+
+
 # --- From the value to objects ---------------------------------------------------------------------------------------
 
 
 def count_parameters(config: RunConfig) -> dict[str, int]:
-    """Parameters of each component, from shapes alone: nothing is allocated or fetched."""
+    """Parameters of each component, heads of objectives and tasks left out. From shapes alone: no weights are read."""
     import torch
 
     with torch.device("meta"):
-        model = without_weights(config.model).build()
+        model = _built(without_weights(config.model))
     children = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     return children | {"total": sum(children.values())}
+
+
+def _built(config: ModelConfig) -> VisionLanguageModel:
+    try:
+        return config.build()
+    except ValueError as error:  # sizes that do not go together
+        raise UserError(f"model: {error}") from None
 
 
 def without_weights(config: ModelConfig) -> ModelConfig:
@@ -170,13 +184,13 @@ def build_model(config: RunConfig) -> VisionLanguageModel:
 
     torch.manual_seed(step_seed(config.seed, 0, "initialise"))
     if config.start_from is not None:
-        model = without_weights(config.model).build()
+        model = _built(without_weights(config.model))
         load_component(model, config.start_from, "model")
         return model
     weights = {name: _weights_of_run(getattr(config.model, name)) for name in ("vision", "language")}
     runs = {name: run for name, run in weights.items() if run is not None}
     changed = {name: getattr(without_weights(config.model), name) for name in runs}
-    model = config.model.model_copy(update=changed).build()
+    model = _built(config.model.model_copy(update=changed))
     for name, run in runs.items():
         load_component(getattr(model, name), run, f"model.{name}")
     return model
@@ -259,7 +273,8 @@ def pretraining_data(
         for reader in (train, validation)
     ]
     if config.data.part == "images":
-        classes = tuple(sorted({name for record in validation for name in record.classes}))
+        texts = (reader.text(place) for reader in (train, validation) for place in range(len(reader)))
+        classes = tuple(sorted({name for record in texts for name in record.classes}))
         return (
             ImageBatches(train, chosen, classes, images[0]),
             ImageBatches(validation, held_out, classes, images[1]),
@@ -376,11 +391,15 @@ def train(config: RunConfig) -> Path:
     events, predictions of a task, and at the very end `result.json`.
     """
     folder = config.run_folder
+    _refuse_another_run(config, folder)
     if (folder / RESULT).is_file():
         return folder
     start = time.perf_counter()
     root = config.data.prepare(progress=config.trainer.progress)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder: {folder} cannot be made ({error.strerror})") from None
     _write_once(folder / CONFIG, dump_yaml(config))
     tokenizer = build_tokenizer(config, root)
     tokenizer.save(folder / TOKENIZER)
@@ -402,6 +421,15 @@ def train(config: RunConfig) -> Path:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         write_atomically(folder / RESULT, json.dumps(result, indent=1))
     return folder
+
+
+def _refuse_another_run(config: RunConfig, folder: Path) -> None:
+    """A folder holds one run: another config must not be taken for it, nor continue from its checkpoint."""
+    if not (folder / CONFIG).is_file():
+        return
+    there, here = fingerprint(load_yaml(folder / CONFIG, RunConfig)), fingerprint(config)
+    if there != here:
+        raise UserError(f"folder: {folder} holds the run {there}, and this one is {here}. Choose another folder")
 
 
 def resume(folder: Path) -> Path:
@@ -442,7 +470,10 @@ def _fit(
     held_out = evaluation_loader(
         validation_source, options.evaluation_batch_size, rank, world_size, config.data.num_workers, even=True
     )
-    trainer.fit(module, loader, held_out, ckpt_path=last if last.is_file() else None, weights_only=True)
+    try:
+        trainer.fit(module, loader, held_out, ckpt_path=last if last.is_file() else None, weights_only=True)
+    except SystemExit:  # Lightning's answer to ctrl-C
+        raise KeyboardInterrupt from None
     metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
     best = folder / BEST
     return {

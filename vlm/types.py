@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # torch is imported only by those who compute
     from torch import Tensor
 
 Source = Literal["human", "machine", "class_name", "none"]
-"""Where a text comes from. It travels with each example to the loss and the logs."""
+"""Where a text comes from. It travels with each example into its batch."""
 
 
 @dataclass(frozen=True, slots=True)

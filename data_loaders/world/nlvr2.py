@@ -25,6 +25,7 @@ from data_loaders.world.scenes import (
     stream,
     two_phrases,
 )
+from vlm.errors import UserError
 
 SPLITS = {"train": "train", "validation": "dev", "test": "test1"}
 PAIRS_PER_SENTENCE = 4
@@ -177,7 +178,7 @@ def _take(pool: Pool, role: Role, rng: np.random.Generator) -> int:
             pool.uses[image] = 1
             return image
         pool.grow(2000)
-    raise ValueError(f"no scene shows {', '.join(f'{count} {phrase.plural}' for phrase, count in role)}")
+    raise UserError(f"no scene shows {', '.join(f'{count} {phrase.plural}' for phrase, count in role)}")
 
 
 def pair_name(split: str, number: int) -> str:

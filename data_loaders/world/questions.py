@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from data_loaders.world.scenes import Phrase, Pool, Scene
+from vlm.errors import UserError
 
 MAX_QUESTIONS_PER_IMAGE = 4
 MAX_CANDIDATES = 400  # images tried for one round
@@ -66,7 +67,7 @@ def ask(
         if found is None:
             failures += 1
             if failures > 20 * number + 500:
-                raise ValueError(f"no images answer {query.text!r} with each of {query.answers}. Allow more objects")
+                raise UserError(f"no images answer {query.text!r} with each of {query.answers}. Allow more objects")
             continue
         for answer, image in found.items():
             texts.setdefault(image, set()).add(query.text)

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from data_loaders.world.config import WorldConfig
+from vlm.errors import UserError
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = ("red", "green", "blue", "yellow", "white")
@@ -170,7 +171,7 @@ def scene_layouts(config: WorldConfig, part: str) -> Iterator[np.ndarray]:
                 seen.add(signature)
                 yield layout
         barren = barren + 1 if len(seen) == num_seen else 0
-    raise ValueError(
+    raise UserError(
         f"{part}: only {len(seen)} different scenes exist for grid={config.grid}, "
         f"min_objects={config.min_objects}, max_objects={config.max_objects}. Ask for fewer, or allow more objects"
     )

@@ -28,9 +28,11 @@ from data_loaders.world.config import WorldConfig
 from data_loaders.world.drawing import draw
 from data_loaders.world.language import caption, machine_labels
 from data_loaders.world.scenes import Scene, scenes_of, stream
+from vlm.errors import UserError
 from vlm.types import Record
 
-FORMAT = 3
+FORMAT = 3  # raise it, and `vlm.config.FINGERPRINT_FORMAT`, when equal configs give other bytes than before
+MANIFEST = "world.json"
 SPLITS = ("train", "validation", "test")
 CAPTION_FRACTION = 0.6  # of the unpaired texts; the others are questions and statements
 
@@ -43,7 +45,9 @@ class RateColumn(ProgressColumn):
 
 
 def write_world(config: WorldConfig, root: Path, progress: bool = True) -> None:
-    """Write the world to `root`, which appears whole or not at all and replaces what was there."""
+    """Write the world to `root`, which appears whole or not at all. Nothing but another world is replaced."""
+    if root.exists() and not (root / MANIFEST).is_file() and not (root.is_dir() and not any(root.iterdir())):
+        raise UserError(f"{root}: exists and is no world (no {MANIFEST}). Choose another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
@@ -51,7 +55,7 @@ def write_world(config: WorldConfig, root: Path, progress: bool = True) -> None:
         with Progress(*columns, disable=not progress) as bar:
             counts = _write_parts(config, partial, bar)
         header = {"format": FORMAT, "config": config.model_dump(), "counts": counts}
-        (partial / "world.json").write_text(json.dumps(header, indent=1))
+        (partial / MANIFEST).write_text(json.dumps(header, indent=1))
         partial.chmod(0o755)
         if root.exists():
             shutil.rmtree(root)

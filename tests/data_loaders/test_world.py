@@ -24,6 +24,7 @@ from data_loaders.world.nlvr2 import nlvr2_statements
 from data_loaders.world.scenes import COLORS, PARTS, SHAPES, Scene, Thing, part_of, scenes_of
 from data_loaders.world.vqav2 import vqav2_questions
 from data_loaders.world.writing import paired_records
+from vlm.errors import UserError
 from vlm.types import Record
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "data" / "fixtures"
@@ -438,6 +439,13 @@ def test_webdataset_reads_the_shards(world: Path) -> None:
 
 def test_a_world_without_enough_scenes_says_so(tmp_path: Path) -> None:
     config = TINY.model_copy(update={"grid": 2, "min_objects": 2, "max_objects": 2, "num_pairs": 5000})
-    with pytest.raises(ValueError, match="different scenes exist"):
+    with pytest.raises(UserError, match="different scenes exist"):
         write_world(config, tmp_path / "small", progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_only_another_world_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="exists and is no world"):
+        write_world(TINY, tmp_path, progress=False)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"

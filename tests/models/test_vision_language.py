@@ -23,7 +23,7 @@ from vlm.models.transformer import Residual
 from vlm.models.vision import TimmVisionConfig, TinyVisionConfig
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.objectives import CustomObjectiveConfig, MaskedLanguageConfig, ObjectiveConfig
-from vlm.training.optimizer import OptimizerConfig
+from vlm.training.optimizer import OptimizerConfig, matrices
 from vlm.types import Batch, Encoded, View
 
 SIZE = 6
@@ -237,7 +237,9 @@ def test_frozen_encoders_do_not_move(tokenizer: Tokenizer, frozen: tuple[str, ..
     objectives = objectives_of(model, tokenizer, ("masked_language", "matching"))
     module = nn.ModuleDict({"model": model, "objectives": objectives})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    groups = OptimizerConfig(learning_rate=0.01, weight_decay=0.1).parameter_groups(module.named_parameters())
+    groups = OptimizerConfig(learning_rate=0.01, weight_decay=0.1).parameter_groups(
+        module.named_parameters(), matrices(module.named_parameters())
+    )
     optimizer = torch.optim.AdamW(groups)
     step(model, objectives, make_batch(tokenizer)).backward()
     optimizer.step()

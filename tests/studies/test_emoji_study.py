@@ -15,7 +15,7 @@ from data_loaders.cache import cache_folder
 from data_loaders.prepare.emoji import PACKAGES, fetch_package
 from vlm.config import load_yaml
 from vlm.errors import UserError
-from vlm.evaluation import expected_ranks
+from vlm.evaluation import ranks_of
 from vlm.run import CONFIG, count_parameters
 from vlm.studies.collect import collect, source_name
 from vlm.studies.plan import Job, StudyConfig, plan
@@ -77,16 +77,16 @@ def test_all_missing_packages_are_named_in_one_error(jobs: list[Job], monkeypatc
 
 
 def test_ties_and_not_a_number_are_no_luck() -> None:
-    assert expected_ranks(torch.tensor([[3.0, 1, 2], [1, 2, 3], [3, 2, 1]])) == [0, 1, 2]
-    assert expected_ranks(torch.zeros(5, 5)) == [2] * 5  # in the middle
-    assert expected_ranks(torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 2, 2]])) == [0.5, 1.5, 0.5]
-    assert expected_ranks(torch.full((5, 5), torch.nan)) == [2] * 5
+    assert ranks_of(torch.tensor([[3.0, 1, 2], [1, 2, 3], [3, 2, 1]])) == [(0, 0), (1, 0), (2, 0)]
+    assert ranks_of(torch.zeros(5, 5)) == [(0, 4)] * 5
+    assert ranks_of(torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 2, 2]])) == [(0, 1), (1, 1), (0, 1)]
+    assert ranks_of(torch.full((5, 5), torch.nan)) == [(0, 4)] * 5
 
 
 def test_recalls_of_the_two_directions_are_averaged() -> None:
-    scores = retrieval_scores({"text_to_image": [0, 4.5, 20], "image_to_text": [9.5, 12, 12]})
-    assert scores["recall_at_5"] == pytest.approx((200 / 3 + 0) / 2)
-    assert scores["recall_at_10"] == pytest.approx((200 / 3 + 100 / 3) / 2)
+    scores = retrieval_scores({"text_to_image": [(0, 0), (4, 1), (20, 0)], "image_to_text": [(9, 1), (12, 0), (12, 0)]})
+    assert scores["recall_at_5"] == pytest.approx((150 / 3 + 0) / 2)
+    assert scores["recall_at_10"] == pytest.approx((200 / 3 + 50 / 3) / 2)
 
 
 @pytest.mark.slow

@@ -101,8 +101,13 @@ def test_nlvr2_is_consistent_only_where_all_pairs_of_a_sentence_are_right() -> N
 
 
 def test_a_rank_of_zero_is_first() -> None:
-    assert [recall_at([0, 1, 4, 30], k) for k in (1, 5, 10)] == [25, 75, 75]
-    scores = retrieval_scores({"text_to_image": [0, 0, 3, 20], "image_to_text": [0, 7, 7, 7]})
+    alone = [(0, 0), (1, 0), (4, 0), (30, 0)]
+    assert [recall_at(alone, k) for k in (1, 5, 10)] == [25, 75, 75]
+    level = [(0, 1), (4, 3)]  # first of two in half of the orders; fifth to eighth
+    assert [recall_at(level, k) for k in (1, 5, 10)] == [25, 62.5, 100]
+    scores = retrieval_scores(
+        {"text_to_image": [(0, 0), (0, 0), (3, 0), (20, 0)], "image_to_text": [(0, 0), (7, 0), (7, 0), (7, 0)]}
+    )
     assert scores["recall_at_1"] == pytest.approx((50 + 25) / 2)
     assert scores["text_to_image/recall_at_5"] == 75
     assert scores["image_to_text/recall_at_10"] == 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vlm
 from vlm.config import dump_yaml
 from vlm.errors import UserError
-from vlm.run import CONFIG, LAST, RunConfig, read_checkpoint, train
+from vlm.run import BEST, CONFIG, LAST, RESULT, RunConfig, read_checkpoint, train
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -63,12 +65,7 @@ def start_in_subprocess(config: RunConfig) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("name", ["pretrain", "finetune"])
-def test_a_run_killed_in_the_middle_of_a_pass_ends_with_the_same_weights(make_config: MakeConfig, name: str) -> None:
-    """Pass length: 4 steps of 16; the checkpoint that the run resumes from lies inside one."""
-    options = ("trainer.samples=960", "trainer.checkpoint_every_steps=7", "trainer.select=last")
-    whole = train(make_config(name, *options, folder="whole"))
-    config = make_config(name, *options, folder="killed")
+def killed_after_its_first_checkpoint(config: RunConfig) -> None:
     process = start_in_subprocess(config)
     last = config.run_folder / LAST
     deadline = time.monotonic() + 120
@@ -78,8 +75,33 @@ def test_a_run_killed_in_the_middle_of_a_pass_ends_with_the_same_weights(make_co
     process.wait()
     assert last.is_file(), (config.run_folder / "log.txt").read_text()
     assert 0 < read_checkpoint(config.run_folder, LAST)["global_step"] < 60
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_a_run_killed_in_the_middle_of_a_pass_ends_with_the_same_weights(make_config: MakeConfig, name: str) -> None:
+    """Pass length: 4 steps of 16; the checkpoint that the run resumes from lies inside one."""
+    options = ("trainer.samples=960", "trainer.checkpoint_every_steps=7", "trainer.select=last")
+    whole = train(make_config(name, *options, folder="whole"))
+    config = make_config(name, *options, folder="killed")
+    killed_after_its_first_checkpoint(config)
     train(config)
     assert_same_weights(whole, config.run_folder)
+
+
+def test_a_run_killed_at_a_validation_hands_on_the_same_best_weights(make_config: MakeConfig) -> None:
+    """Every checkpoint falls on a validation; the one that is resumed from must know how it went."""
+    options = ("trainer.samples=192", "trainer.checkpoint_every_steps=3", "trainer.validate_every_steps=3")
+    rate = "optimizer.learning_rate=3e-3"  # so high that the best step is seldom the last
+    whole = train(make_config("finetune", *options, rate, folder="whole"))
+    config = make_config("finetune", *options, rate, folder="killed")
+    killed_after_its_first_checkpoint(config)
+    train(config)
+    results = [json.loads((folder / RESULT).read_text()) for folder in (whole, config.run_folder)]
+    assert results[0]["scores"] == results[1]["scores"]
+    best = [read_checkpoint(folder, BEST) for folder in (whole, config.run_folder)]
+    assert best[0]["global_step"] == best[1]["global_step"]
+    for name, value in best[0]["state_dict"].items():
+        assert torch.equal(value, best[1]["state_dict"][name]), name
 
 
 def test_a_finished_run_is_left_alone(make_config: MakeConfig) -> None:
@@ -99,6 +121,33 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(make_config: MakeConfig
     assert_same_weights(alone, two.run_folder, tolerance=1e-5)
 
 
+def test_ranks_meet_where_a_part_of_the_model_is_not_used(make_config: MakeConfig) -> None:
+    config = make_config("unimodal_vision", "trainer.samples=32", "trainer.devices=2", "trainer.strategy=ddp")
+    process = start_in_subprocess(config)
+    assert process.wait(timeout=240) == 0, (config.run_folder / "log.txt").read_text()
+
+
+def test_gradients_are_clipped_under_mixed_precision_too(make_config: MakeConfig) -> None:
+    options = ("trainer.samples=32", "trainer.precision=bf16-mixed", "optimizer.clip_norm=1")
+    assert (train(make_config("pretrain", *options)) / RESULT).is_file()
+
+
+def test_a_folder_holds_one_run(make_config: MakeConfig) -> None:
+    train(make_config("pretrain", "trainer.samples=16"))
+    with pytest.raises(UserError, match="Choose another folder"):
+        train(make_config("pretrain", "trainer.samples=16", "seed=1"))
+
+
+def test_a_loaded_run_executes_no_code_that_its_config_names(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = train(make_config("pretrain", "trainer.samples=16"))
+    tree = yaml.safe_load((folder / CONFIG).read_text())
+    tree["model"]["fusion"] = {"type": "custom", "target": "os:mkdir", "options": {"path": str(tmp_path / "made")}}
+    (folder / CONFIG).write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=r"runs outside code \(os:mkdir\)"):
+        vlm.load(folder)
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_fraction_of_zero_hands_on_the_initial_model(make_config: MakeConfig) -> None:
     folders = [
         train(make_config("pretrain", "trainer.samples=32", f"supervision.fraction={fraction}", folder=str(fraction)))
@@ -112,8 +161,6 @@ def test_a_fraction_of_zero_hands_on_the_initial_model(make_config: MakeConfig) 
 
 @pytest.mark.parametrize("task", ["vqav2", "gqa", "nlvr2"])
 def test_a_finetuned_run_loads_and_answers_as_it_was_scored(make_config: MakeConfig, task: str) -> None:
-    import json
-
     from vlm.tasks.task import Task
 
     config = make_config("finetune", f"task={task}", "trainer.samples=64")
@@ -152,6 +199,29 @@ def test_a_number_of_samples_replaces_the_passes_of_the_config_file(make_config:
     config = make_config("pretrain", "trainer.samples=48")
     assert (config.trainer.passes, config.trainer.num_steps(1000)) == (None, 3)
     assert make_config("pretrain", "trainer.passes=0.5").trainer.num_steps(1000) == 32
+    assert make_config("pretrain", "trainer.samples=48", "trainer.passes=0.5").trainer.num_steps(1000) == 32
+    with pytest.raises(UserError, match="no budget"):
+        train(make_config("pretrain", "trainer.passes=null"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.part=texts", "objectives.masked_language .* needs data.part=pairs"),
+        ("optimizer.learning_rate=inf", "optimizer.learning_rate"),
+        ("optimizer.betas=[0.9,1.5]", "optimizer.betas"),
+        ("supervision.sources=[]", "supervision.sources"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_the_config(make_config: MakeConfig, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_config("pretrain", override)
+
+
+@pytest.mark.parametrize("override", ["model.vision.width=65", "model.fusion.num_heads=5", "trainer.accelerator=gpuu"])
+def test_sizes_and_devices_that_do_not_exist_are_one_line(make_config: MakeConfig, override: str) -> None:
+    with pytest.raises(UserError, match=r"model: |trainer: "):
+        train(make_config("pretrain", "trainer.samples=16", override))
 
 
 @pytest.mark.parametrize("encoder", ["vision", "language"])

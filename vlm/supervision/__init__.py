@@ -46,4 +46,4 @@ class SupervisionConfig(Config):
 
     fraction: float = Field(1.0, ge=0, le=1)
     subset_seed: int = Field(0, ge=0)  # moves the window along the ring
-    sources: tuple[SourceConfig, ...] = (CaptionsConfig(),)
+    sources: tuple[SourceConfig, ...] = Field((CaptionsConfig(),), min_length=1)

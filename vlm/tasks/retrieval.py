@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from vlm.config import Config
 from vlm.errors import UserError
 from vlm.tasks.task import read_json
@@ -22,7 +24,7 @@ class RetrievalTask(Config):
     headline: ClassVar[str] = "recall_at_1"
 
     type: Literal["retrieval"] = "retrieval"
-    sets: tuple[str, ...] = ("captions",)
+    sets: tuple[str, ...] = Field(("captions",), min_length=1)
 
     def read(self, root: Path, name: str) -> list[Question]:
         file = root / "retrieval" / f"{name}.json"
@@ -32,12 +34,17 @@ class RetrievalTask(Config):
             raise UserError(f"{file}: not a list of rows with id, text and image_key ({error})") from None
 
 
-def recall_at(ranks: Sequence[float], k: int) -> float:
-    """Share in percent of queries whose right item is among the first k (rank 0 is first)."""
-    return 100 * sum(rank < k for rank in ranks) / max(len(ranks), 1)
+Rank = tuple[int, int]
+"""How many items stand above a query's own, and how many level with it."""
 
 
-def retrieval_scores(ranks: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def recall_at(ranks: Sequence[Rank], k: int) -> float:
+    """Percent of queries whose own item is among the first k; of a tie, the share of its orders in which it is."""
+    found = (min(max(k - above, 0) / (level + 1), 1.0) for above, level in ranks)
+    return 100 * sum(found) / max(len(ranks), 1)
+
+
+def retrieval_scores(ranks: Mapping[str, Sequence[Rank]]) -> dict[str, float]:
     """Recall at 1, 5 and 10 for each direction, and their means over the directions."""
     scores = {f"{direction}/recall_at_{k}": recall_at(r, k) for direction, r in ranks.items() for k in (1, 5, 10)}
     means = {f"recall_at_{k}": sum(recall_at(r, k) for r in ranks.values()) / max(len(ranks), 1) for k in (1, 5, 10)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_loaders.loader import step_seed
 from vlm.models.vision_language import VisionLanguageModel
-from vlm.training.optimizer import OptimizerConfig
+from vlm.training.optimizer import OptimizerConfig, matrices
 from vlm.types import Batch
 
 
@@ -27,6 +27,14 @@ class TrainingModule(lightning.LightningModule):
         self.optimizer_config = optimizer
         self.num_steps = num_steps
         self.seed = seed
+        self.decaying: frozenset[str] = frozenset()
+        self.fused = True
+
+    def setup(self, stage: str) -> None:
+        """What a sharding strategy hides later: which parameters are matrices."""
+        self.decaying = matrices(self.named_parameters())
+        # Under mixed precision Lightning cannot clip for an optimizer that is fused.
+        self.fused = self.optimizer_config.clip_norm is None or "mixed" not in str(self.trainer.precision)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(step_seed(self.seed, batch_idx * self.trainer.world_size + self.global_rank, "step"))
@@ -39,8 +47,9 @@ class TrainingModule(lightning.LightningModule):
         return batch
 
     def configure_optimizers(self) -> Any:
-        groups = self.optimizer_config.parameter_groups(self.named_parameters())
-        optimizer = torch.optim.AdamW(groups, betas=self.optimizer_config.betas, fused=True)
+        decaying = self.decaying or matrices(self.named_parameters())
+        groups = self.optimizer_config.parameter_groups(self.named_parameters(), decaying)
+        optimizer = torch.optim.AdamW(groups, betas=self.optimizer_config.betas, fused=self.fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optimizer_config.rate_factor(self.num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

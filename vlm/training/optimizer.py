@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from vlm.config import Config
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Multipliers(Config):
@@ -24,7 +26,7 @@ class OptimizerConfig(Config):
 
     learning_rate: PositiveFloat = 1e-4
     multipliers: Multipliers = Multipliers()
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     weight_decay: NonNegativeFloat = 0.01
     warmup_fraction: float = Field(0.1, ge=0, le=1)
     decay: Literal["linear", "none"] = "linear"
@@ -43,15 +45,15 @@ class OptimizerConfig(Config):
 
         return factor
 
-    def parameter_groups(self, named: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
-        """Groups by component and by decay: none on norms, biases and other vectors. Frozen parameters are left out.
+    def parameter_groups(self, named: Iterable[tuple[str, Any]], decaying: frozenset[str]) -> list[dict[str, Any]]:
+        """Groups by component and by decay, which the `decaying` names have. Frozen parameters are left out.
 
         `named` are the training module's: `model.vision...`, `model.language...`, `model....`, heads elsewhere.
         """
         groups: dict[tuple[str, bool], list[Any]] = defaultdict(list)
         for name, parameter in named:
             if parameter.requires_grad:
-                groups[component_of(name), parameter.ndim > 1 and "position" not in name].append(parameter)
+                groups[component_of(name), name in decaying].append(parameter)
         return [
             {
                 "params": parameters,
@@ -61,6 +63,11 @@ class OptimizerConfig(Config):
             }
             for (component, decays), parameters in sorted(groups.items())
         ]
+
+
+def matrices(named: Iterable[tuple[str, Any]]) -> frozenset[str]:
+    """Names of the parameters that weight decay is for: no norms, biases, other vectors, nor positions."""
+    return frozenset(name for name, parameter in named if parameter.ndim > 1 and "position" not in name)
 
 
 def component_of(name: str) -> Literal["encoders", "fusion", "heads"]:

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+
+from vlm.errors import UserError
 
 if TYPE_CHECKING:
     from vlm.run import RunConfig
@@ -54,16 +57,7 @@ def build_trainer(config: RunConfig, num_steps: int) -> lightning.Trainer:
     precision = options.precision
     if precision == "auto":
         precision = "bf16-mixed" if torch.cuda.is_available() and options.accelerator != "cpu" else "32-true"
-    callbacks: list[Callback] = [
-        ModelCheckpoint(
-            dirpath=folder,
-            filename="last",
-            every_n_train_steps=min(options.checkpoint_every_steps, max(num_steps, 1)),
-            enable_version_counter=False,
-        ),
-    ]
-    if num_steps % min(options.checkpoint_every_steps, max(num_steps, 1)):
-        callbacks.append(_SaveLast(folder / "last.ckpt"))
+    callbacks: list[Callback] = []
     if options.select == "best":
         monitor, mode = ("validation/loss", "min") if config.task is None else ("validation/accuracy", "max")
         callbacks.append(
@@ -76,29 +70,38 @@ def build_trainer(config: RunConfig, num_steps: int) -> lightning.Trainer:
                 enable_version_counter=False,
             )
         )
+    # After the best one, so that its state in `last.ckpt` knows the validation of the same step.
+    callbacks.append(_SaveLast(folder / "last.ckpt", options.checkpoint_every_steps, validate_every))
     if options.progress:
         callbacks.append(TQDMProgressBar(refresh_rate=5))
-    return lightning.Trainer(
-        default_root_dir=folder,
-        accelerator=options.accelerator,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        strategy=options.strategy,
-        precision=precision,
-        max_steps=num_steps,
-        max_epochs=1,  # the loader is one long pass; shuffled passes over the data are its affair
-        accumulate_grad_batches=options.accumulate,
-        gradient_clip_val=config.optimizer.clip_norm,
-        val_check_interval=validate_every * options.accumulate,
-        num_sanity_val_steps=0,
-        log_every_n_steps=min(options.log_every_steps, max(num_steps, 1)),
-        logger=_Logger(folder, name="", version=""),
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-        use_distributed_sampler=False,
-        enable_progress_bar=options.progress,
-        enable_model_summary=False,
-    )
+    strategy = options.strategy
+    if strategy == "ddp" and not _uses_all(config):
+        strategy = "ddp_find_unused_parameters_true"
+    try:
+        return lightning.Trainer(
+            default_root_dir=folder,
+            accelerator=options.accelerator,
+            devices=options.devices,
+            num_nodes=options.num_nodes,
+            strategy=strategy,
+            precision=precision,
+            max_steps=num_steps,
+            max_epochs=1,  # the loader is one long pass; shuffled passes over the data are its affair
+            accumulate_grad_batches=options.accumulate,
+            gradient_clip_val=config.optimizer.clip_norm,
+            val_check_interval=validate_every * options.accumulate,
+            num_sanity_val_steps=0,
+            log_every_n_steps=min(options.log_every_steps, max(num_steps, 1)),
+            logger=_Logger(folder, name="", version=""),
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,
+            enable_progress_bar=options.progress,
+            enable_model_summary=False,
+        )
+    # Which accelerators and strategies there are is Lightning's own affair, and the machine's.
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {str(error).splitlines()[0]}") from None
 
 
 class _Logger(TensorBoardLogger):
@@ -108,11 +111,38 @@ class _Logger(TensorBoardLogger):
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
 
-class _SaveLast(Callback):
-    """Saves `last.ckpt` at the last step too, where the interval does not fall on it."""
+class _SaveLast(Checkpoint):
+    """Saves `last.ckpt` every so many steps and at the end, after the validation of that step where one is due.
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    Saved before it, a run killed in between would skip that validation, and could hand on another best checkpoint.
+    """
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def __init__(self, file: Path, every_steps: int, validate_every: int) -> None:
+        self.file, self.every_steps, self.validate_every = file, every_steps, validate_every
+        self.saved = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        self.saved = trainer.global_step
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        if step != self.saved and step % self.every_steps == 0 and step % self.validate_every:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        if step // self.every_steps > self.saved // self.every_steps:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.global_step != self.saved:
+            self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
         trainer.save_checkpoint(self.file)
+        self.saved = trainer.global_step
+
+
+def _uses_all(config: RunConfig) -> bool:
+    """Whether every parameter gets a gradient each step; DDP must know where some do not."""
+    return config.task is not None or any(objective.type == "matching" for objective in config.objectives.values())

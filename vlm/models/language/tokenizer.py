@@ -52,9 +52,13 @@ class Tokenizer:
     def from_file(cls, file: Path, max_tokens: int) -> Tokenizer:
         """Read `tokenizer.json` as `save` or the transformers library wrote it."""
         try:
-            return cls(tokenizers.Tokenizer.from_str(file.read_text()), max_tokens)
+            text = file.read_text()
         except OSError:
             raise UserError(f"{file}: no such tokenizer file. Is this the folder of a finished run?") from None
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text), max_tokens)
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{file}: not a tokenizer ({error})") from None
 
     def save(self, file: Path) -> None:
         file.write_text(self.backend.to_str(pretty=True))
