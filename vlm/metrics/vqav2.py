@@ -6,7 +6,7 @@ as a match is the rule:
 
     2021   newlines and tabs become spaces and ends are stripped, on both sides. Where the answers then differ from each
            other, both sides are normalised; where all agree, strings are compared as they are. The authors' reason:
-           unanimous answers are often text that was read from the picture (issue 14 of the repository).
+           unanimous answers are often text that was read from the picture.
     2016   the prediction is always stripped and normalised. Of the answers, only punctuation is processed, and only
            where they differ. So "The cat" against ten times "the cat" is wrong, and so is "two" against ten "two".
 """
