@@ -65,8 +65,10 @@ class Presence:
     def of(self, field: str, place: str, holder: Mapping[str, Any], name: str) -> bool:
         """Whether this record has the field; an error where another one differs."""
         there = name in holder
-        first = self.first.setdefault(field, (place, there))
-        if first[1] != there:
+        first = self.first.get(field)
+        if first is None:
+            self.first[field] = place, there
+        elif first[1] is not there:
             lacking, having = (place, first[0]) if first[1] else (first[0], place)
             raise UserError(f"{self.file}: {lacking}: has no {field!r}, while {having} has one. Complete the file")
         return there

@@ -116,7 +116,7 @@ def read_grounding(attentions: Path, scenes: Path, questions: Mapping[str, Quest
     return {key: object_grounding(regions[key], maps[key]) for key in questions}
 
 
-def _chunks(path: Path) -> Iterator[Record]:
+def _chunks(path: Path, noun: str = "question") -> Iterator[Record]:
     """The entries of a file of {id: entry}, or of all such files of a folder, as large releases come in chunks."""
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
@@ -124,7 +124,7 @@ def _chunks(path: Path) -> Iterator[Record]:
     seen: set[str] = set()
     for file in files:
         for key, content in records(file, "object"):
-            record = Record(file, f"question {shown(key)}", content)
+            record = Record(file, f'{noun} "{key}"', content)
             record.content[""] = key
             if len(files) > 1:
                 if key in seen:
@@ -202,10 +202,10 @@ def _read_regions(scenes: Path, questions: Mapping[str, Question]) -> dict[str, 
     for key, question in questions.items():
         by_image.setdefault(question.image, []).append(key)
     regions: dict[str, list[Region]] = {}
-    for record in _chunks(scenes):
-        for key in by_image.get(_key(record), ()):
-            wanted = questions[key].objects
-            regions[key] = [_region(record, name) for name in wanted]
+    for record in _chunks(scenes, "image"):
+        asked = by_image.get(_key(record), [])
+        boxes = {name: _region(record, name) for name in {name for key in asked for name in questions[key].objects}}
+        regions.update({key: [boxes[name] for name in questions[key].objects] for key in asked})
     _require(scenes, questions, regions, "scene graph for the image of")
     return regions
 

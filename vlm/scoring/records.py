@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn, TextIO
 
 from vlm.errors import UserError
 
-CHUNK = 1 << 22  # characters read at a time
+CHUNK = 1 << 20  # characters read at a time
 SPACES = re.compile(r"[ \t\n\r]*")
 NEAR_END = 16  # characters: an error this close to the end of what was read may be a literal or escape that is cut
 
@@ -103,7 +103,7 @@ class _Reader:
                     self.fail(f"{shown(key)} stands twice", "")
                 seen.add(key)
                 yield key, self.value()
-                self.place = f"record {shown(key)}"
+                self.place = f'record "{key}"'
             return
         self.take("[")
         number = 0

@@ -36,14 +36,17 @@ def read_annotations(annotations: Path, questions: Path) -> tuple[dict[int, Anno
             record.refuse(
                 f"image_id is {shown(content['image_id'])}, but {images[key]} for question {key} of {questions}"
             )
-        answers = [answer.get("answer") for answer in record.list_of("answers", dict, "objects")]
-        if set(map(type, answers)) != {str}:
+        try:
+            answers = tuple([intern(answer["answer"]) for answer in content["answers"]])
+        except (KeyError, TypeError):
+            answers = ()
+        if not answers:
             record.wrong("answers", 'a list of {"answer": text}, with at least one')
         types = [
             intern(record.text(name)) if presence.of(name, place, record.content, name) else None
             for name in ("question_type", "answer_type")
         ]
-        read[key] = Annotation(images[key], tuple(map(intern, answers)), *types)
+        read[key] = Annotation(images[key], answers, *types)
     missing = next((key for key in images if key not in read), None)
     if missing is not None:
         raise UserError(f"{annotations}: no annotation for question {missing} of {questions}. Give both of one split")
