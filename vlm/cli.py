@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -67,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
             "--config-dir", type=Path, metavar="DIR", help="a folder of configs, searched before the packaged ones"
         )
 
+    _add_score(verb("score", _score, "Score prediction files of anyone as the authors of the benchmark do."))
+
     prepare = verb("prepare", _prepare, "Write a data root: the procedural world, or emoji with their captions.")
     prepare.add_argument("data", choices=("world", "emoji"))
     prepare.add_argument("--to", type=Path, metavar="DIR", required=True, help="replaced if it is there")
@@ -74,6 +77,52 @@ def _parser() -> argparse.ArgumentParser:
     for each in (show, train, evaluate, study, prepare):
         each.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as seed=3 or data=world")
     return parser
+
+
+def _add_score(score: argparse.ArgumentParser) -> None:
+    def compare(parser: argparse.ArgumentParser) -> None:
+        help_line = "the paired difference of two prediction files, in place of PREDICTIONS"
+        # No default: the parser of the task would overwrite what the parser of the verb has read.
+        parser.add_argument(
+            "--compare", nargs=2, type=Path, metavar=("A", "B"), default=argparse.SUPPRESS, help=help_line
+        )
+
+    compare(score)
+    tasks = score.add_subparsers(required=True, metavar="TASK", dest="task")
+
+    def task(name: str, predictions: str, help_line: str) -> argparse.ArgumentParser:
+        added = tasks.add_parser(name, help=help_line, description=help_line)
+        added.add_argument("predictions", type=Path, nargs="?", metavar=predictions)
+        compare(added)
+        added.add_argument("--json", type=Path, metavar="OUT", help="write the unrounded scores here")
+        added.add_argument("--allow-missing", action="store_true", help="score missing predictions as wrong")
+        added.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (default 1000)")
+        added.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+        return added
+
+    def files(parser: argparse.ArgumentParser, required: bool, **options: str) -> None:
+        for name, help_line in options.items():
+            flag = f"--{name.replace('_', '-')}"
+            parser.add_argument(flag, type=Path, metavar="FILE", required=required, help=help_line)
+
+    vqav2 = task("vqav2", "RESULTS.json", "VQA accuracy, by answer type and question type.")
+    files(vqav2, True, annotations="the official annotations of the split", questions="the official questions")
+    vqav2.add_argument(
+        "--rule", choices=("2021", "2016"), default="2021", help="the official script of which year (default 2021)"
+    )
+    gqa = task("gqa", "PREDICTIONS.json", "GQA's suite: accuracy, consistency, validity, grounding and the others.")
+    files(gqa, True, questions="the balanced questions of the split; a folder of chunks will do, for any of these")
+    files(
+        gqa,
+        False,
+        all_questions="all questions of the split, all predicted: for consistency",
+        choices="for validity and plausibility",
+        scenes="scene graphs: for grounding",
+        attentions="of the model: for grounding",
+    )
+    nlvr2 = task("nlvr2", "PREDICTIONS.csv", "NLVR2 accuracy and consistency.")
+    files(nlvr2, True, data="the official JSON lines of the split, such as dev.json")
+    files(nlvr2, False, balanced="its balanced subset", unbalanced="its unbalanced subset")
 
 
 def _compose(options: argparse.Namespace) -> RunConfig:
@@ -151,6 +200,33 @@ def _study(options: argparse.Namespace) -> None:
     from vlm.studies.run import run_study
 
     run_study(options.study, options.folder, options.jobs, options.overrides, options.config_dir)
+
+
+def _score(options: argparse.Namespace) -> None:
+    compared: list[Path] = getattr(options, "compare", [])
+    if (options.predictions is None) == (not compared):
+        raise UserError(f"vlm score {options.task}: give one prediction file, or two with --compare")
+    if options.resamples < 1 or options.seed < 0:
+        raise UserError("--resamples must be at least 1 and --seed at least 0")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError(f"{options.json.parent}: no such folder for {options.json.name}. Make it first")
+    from vlm.scoring.report import report
+    from vlm.scoring.score import score_gqa, score_nlvr2, score_vqav2
+
+    predictions = compared or [options.predictions]
+    missing = options.allow_missing
+    gc.disable()  # millions of strings and no cycle: looking for one takes a sixth of the time
+    try:
+        if options.task == "vqav2":
+            scoring = score_vqav2(predictions, options.annotations, options.questions, options.rule, missing)
+        elif options.task == "gqa":
+            truth = (options.questions, options.all_questions, options.choices, options.scenes, options.attentions)
+            scoring = score_gqa(predictions, *truth, missing)
+        else:
+            scoring = score_nlvr2(predictions, options.data, options.balanced, options.unbalanced, missing)
+        report(scoring, options.json, options.resamples, options.seed)
+    finally:
+        gc.enable()
 
 
 def _prepare(options: argparse.Namespace) -> None:

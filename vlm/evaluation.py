@@ -14,6 +14,7 @@ from torch import Tensor
 from data_loaders.loader import evaluation_loader
 from vlm.config import load_yaml
 from vlm.errors import UserError
+from vlm.metrics.submission import merge_predictions
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.run import (
@@ -161,12 +162,12 @@ def _rank() -> tuple[int, int]:
 
 
 def _gather(predictions: dict[str, str]) -> dict[str, str]:
-    """The predictions of all ranks; a question that two ranks answered counts once."""
+    """The predictions of all ranks, once each of them has answered its share."""
     if _rank()[1] == 1:
         return predictions
     parts: list[dict[str, str] | None] = [None] * _rank()[1]
     torch.distributed.all_gather_object(parts, predictions)
-    return {key: answer for part in parts if part for key, answer in part.items()}
+    return merge_predictions(parts)
 
 
 def _bar(items: Iterable[T], description: str, shown: bool) -> Iterator[T]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from vlm.errors import UserError
+from vlm.metrics.submission import check_submission
 from vlm.tasks.task import Split, Task, mean_percent, predicted
 from vlm.types import Question
 
@@ -19,6 +20,7 @@ class NLVR2Task(Task):
     """Cross-entropy over True and False. Consistency: the share of statements that are right for all their pairs."""
 
     images_per_text: ClassVar[int] = 2
+    ANSWERS: ClassVar[tuple[str, str]] = ("False", "True")
 
     type: Literal["nlvr2"] = "nlvr2"
 
@@ -31,7 +33,7 @@ class NLVR2Task(Task):
         return [self._question(file, number, line) for number, line in enumerate(lines, start=1)]
 
     def vocabulary(self, root: Path) -> tuple[str, ...]:
-        return "False", "True"
+        return self.ANSWERS
 
     def target(self, question: Question, answer_ids: Mapping[str, int]) -> dict[int, float]:
         return {answer_ids[answer]: 1.0 for answer in question.answers}
@@ -45,7 +47,9 @@ class NLVR2Task(Task):
 
     def write_predictions(self, file: Path, questions: Sequence[Question], predictions: Mapping[str, str]) -> None:
         """The official CSV: identifier,prediction without a header."""
-        file.with_suffix(".csv").write_text("".join(f"{q.id},{predicted(q, predictions)}\n" for q in questions))
+        file = file.with_suffix(".csv")
+        check_submission(file, (question.id for question in questions), predictions, allowed=self.ANSWERS)
+        file.write_text("".join(f"{question.id},{predictions[question.id]}\n" for question in questions))
 
     @staticmethod
     def _question(file: Path, number: int, line: str) -> Question:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from vlm.config import Config
 from vlm.errors import UserError
+from vlm.metrics.submission import check_submission
 from vlm.supervision.sources import key_random
 from vlm.types import Question
 
@@ -52,8 +53,9 @@ class Task(Config):
         return {"question_id": question.id, "answer": answer}
 
     def write_predictions(self, file: Path, questions: Sequence[Question], predictions: Mapping[str, str]) -> None:
-        """Write the official results file."""
-        entries = [self.official(question, predicted(question, predictions)) for question in questions]
+        """Write the official results file. The predictions must be those of exactly these questions."""
+        check_submission(file, (question.id for question in questions), predictions)
+        entries = [self.official(question, predictions[question.id]) for question in questions]
         file.write_text(json.dumps(entries))
 
     def train_questions(self, root: Path) -> list[Question]:

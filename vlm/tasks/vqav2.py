@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import PositiveInt
 
 from vlm.errors import UserError
-from vlm.metrics.vqav2 import vqa_accuracy
+from vlm.metrics.vqav2 import official_accuracy, vqa_accuracy
 from vlm.tasks.task import Split, Task, mean_percent, predicted, read_json
 from vlm.types import Question
 
@@ -49,7 +49,7 @@ class VQAv2Task(Task):
     def score(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
         by_type = defaultdict(list)
         for question in questions:
-            by_type[question.group].append(vqa_accuracy(predicted(question, predictions), question.answers))
+            by_type[question.group].append(official_accuracy(predicted(question, predictions), question.answers))
         scores = {"accuracy": mean_percent([value for values in by_type.values() for value in values])}
         return scores | {f"accuracy/{name}": mean_percent(values) for name, values in sorted(by_type.items()) if name}
 

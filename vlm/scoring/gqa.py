@@ -1,0 +1,232 @@
+"""The official questions, choices and scene graphs of GQA, and attention files in the form that its script reads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from sys import intern
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vlm.errors import UserError
+from vlm.metrics.gqa import Choices, Question, Region, map_grounding, num_steps, object_grounding
+from vlm.scoring.fields import Presence, Record
+from vlm.scoring.records import records, shown
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Questions(NamedTuple):
+    """What a questions file holds for scoring."""
+
+    balanced: dict[str, Question]
+    unbalanced: frozenset[str]  # ids that may be predicted, but count in no score
+    lacking: dict[str, str]  # scores that cannot be computed, and the field that the file lacks
+
+
+OPTIONAL = {
+    "types.semantic": ("accuracy_per_semantic_type",),
+    "semantic": ("accuracy_per_steps",),
+    "groups": ("distribution",),
+    "entailed": ("consistency",),
+    "types.detailed": ("validity", "plausibility"),
+    "annotations": ("grounding",),
+}
+"""Fields without which some scores cannot be computed, but the others can."""
+
+
+def read_questions(path: Path, wanted: Collection[str]) -> Questions:
+    """The balanced questions of a file, or of a folder of its chunks, and the ids of the others.
+
+    Fields that only other scores than the `wanted` need are not read.
+    """
+    balanced: dict[str, Question] = {}
+    unbalanced: list[str] = []
+    presence = Presence(path)
+    fields = frozenset(field for field, names in OPTIONAL.items() if not set(names).isdisjoint(wanted))
+    for record in _chunks(path):
+        if record.content.get("isBalanced", True) is True:
+            balanced[_key(record)] = _question(record, presence, fields)
+        elif record.content["isBalanced"] is False:
+            unbalanced.append(_key(record))
+        else:
+            record.wrong("isBalanced", "true or false")
+    if not balanced:
+        raise UserError(f"{path}: holds no balanced question. Give the balanced questions, or all")
+    lacking = {
+        name: f"the questions carry no {field!r}"
+        for field in fields
+        if presence.lacks(field)
+        for name in OPTIONAL[field]
+    }
+    return Questions(balanced, frozenset(unbalanced), lacking)
+
+
+def read_all_answers(path: Path, questions: Mapping[str, Question]) -> dict[str, str]:
+    """The true answer to every question of the all-questions file or folder; it must know those that are entailed."""
+    answers = {_key(record): intern(record.text("answer")) for record in _chunks(path)}
+    for key, question in questions.items():
+        for other in (key, *question.entailed):
+            if other not in answers:
+                why = "" if other == key else f", which question {shown(key)} entails"
+                raise UserError(
+                    f"{path}: no question {shown(other)}{why}. Give all questions of the split that is scored"
+                )
+    return answers
+
+
+def read_choices(path: Path, questions: Mapping[str, Question]) -> dict[str, Choices]:
+    """The valid and the plausible answers to each balanced question. Equal lists are kept once."""
+    kept: dict[tuple[str, ...], frozenset[str]] = {}
+
+    def as_set(texts: Any) -> frozenset[str]:
+        texts = tuple(map(intern, texts))
+        return kept.setdefault(texts, frozenset(texts))
+
+    choices: dict[str, Choices] = {}
+    for record in _chunks(path):
+        if _key(record) in questions:
+            valid, plausible = (record.list_of(name, str, "texts") for name in ("valid", "plausible"))
+            choices[_key(record)] = Choices(as_set(valid), as_set(plausible))
+    _require(path, questions, choices, "choices")
+    return choices
+
+
+def read_grounding(attentions: Path, scenes: Path, questions: Mapping[str, Question]) -> dict[str, float]:
+    """The grounding score of each balanced question, a fraction.
+
+    An attention is a square map (a list of columns, from the left, of cells from the top), of one size throughout the
+    file, or a list of boxes [x0, y0, x1, y1, attention] in fractions of the image. Where all are 5 by 5 they are maps.
+    """
+    maps = {key: value for key, value in _read_attentions(attentions).items() if key in questions}
+    _require(attentions, questions, maps, "attention")
+    regions = _read_regions(scenes, questions)
+    sizes = {value.shape for value in maps.values()}
+    if len(sizes) == 1 and len(set(next(iter(sizes)))) == 1:
+        return {key: map_grounding(regions[key], maps[key]) for key in questions}
+    for key, value in maps.items():
+        if value.shape[1:] != (5,):
+            raise UserError(
+                f"{attentions}: question {shown(key)}: attention is {len(value)} by {value.shape[1]}. Expected square "
+                "maps of one size, or boxes [x0, y0, x1, y1, attention]"
+            )
+        if not ((value[:, 2] > value[:, 0]) & (value[:, 3] > value[:, 1])).all():
+            raise UserError(f"{attentions}: question {shown(key)}: a box without area. Expected x0 < x1 and y0 < y1")
+    return {key: object_grounding(regions[key], maps[key]) for key in questions}
+
+
+def _chunks(path: Path, noun: str = "question") -> Iterator[Record]:
+    """The entries of a file of {id: entry}, or of all such files of a folder, as large releases come in chunks."""
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path}: holds no .json file. Give the file or the folder of chunks")
+    seen: set[str] = set()
+    for file in files:
+        for key, content in records(file, "object"):
+            record = Record(file, f'{noun} "{key}"', content)
+            record.content[""] = key
+            if len(files) > 1:
+                if key in seen:
+                    record.refuse("stands in an earlier chunk too. Keep each chunk once")
+                seen.add(key)
+            yield record
+
+
+def _key(record: Record) -> str:
+    key: str = record.content[""]
+    return key
+
+
+def _question(record: Record, presence: Presence, fields: Collection[str]) -> Question:
+    types = record.inside("types")
+
+    def has(field: str) -> bool:
+        holder = types if field.startswith("types.") else record
+        return field in fields and presence.of(field, record.place, holder.content, field.removeprefix("types."))
+
+    steps: int | None = None
+    if has("semantic"):
+        program = record.list_of("semantic", dict, "steps")
+        if not all("operation" in step and "argument" in step for step in program):
+            record.wrong("semantic", "a list of steps with operation and argument")
+        steps = num_steps(program)
+    group: str | None = None
+    if has("groups"):
+        groups = record.inside("groups")
+        if "global" not in groups.content or groups.content["global"] is not None:
+            group = intern(groups.text("global"))
+    objects: list[str] = []
+    if has("annotations"):
+        annotations = record.inside("annotations")
+        for name in ("question", "fullAnswer"):
+            named = annotations.inside(name)
+            objects += [intern(named.text(span)) for span in named.content]
+    return Question(
+        image=intern(record.text("imageId")),
+        answer=intern(record.text("answer")),
+        structural=intern(types.text("structural")),
+        semantic=intern(types.text("semantic")) if has("types.semantic") else None,
+        num_steps=steps,
+        num_words=len(record.text("question").split()),
+        group=group,
+        entailed=tuple(record.list_of("entailed", str, "texts")) if has("entailed") else (),
+        compares=has("types.detailed") and "Common" in types.text("detailed"),
+        objects=tuple(objects),
+    )
+
+
+def _read_attentions(file: Path) -> dict[str, NDArray[np.float64]]:
+    import numpy as np
+
+    attentions: dict[str, NDArray[np.float64]] = {}
+    for place, content in records(file, "list"):
+        record = Record(file, place, content)
+        key = record.text("questionId")
+        if key in attentions:
+            record.refuse(f"a second attention for question {shown(key)}. Keep one for each question")
+        rows = record.list_of("attention", list, "lists of numbers")
+        try:
+            values = np.asarray(rows)
+        except ValueError:  # rows of different lengths
+            values = np.empty(0)
+        if values.ndim != 2 or not values.size or values.dtype.kind not in "if" or not np.isfinite(values).all():
+            record.wrong("attention", "a list of equally long lists of numbers")
+        attentions[key] = values.astype(float)
+    return attentions
+
+
+def _read_regions(scenes: Path, questions: Mapping[str, Question]) -> dict[str, list[Region]]:
+    """The boxes of the objects that each question and its answer name."""
+    by_image: dict[str, list[str]] = {}
+    for key, question in questions.items():
+        by_image.setdefault(question.image, []).append(key)
+    regions: dict[str, list[Region]] = {}
+    for record in _chunks(scenes, "image"):
+        asked = by_image.get(_key(record), [])
+        boxes = {name: _region(record, name) for name in {name for key in asked for name in questions[key].objects}}
+        regions.update({key: [boxes[name] for name in questions[key].objects] for key in asked})
+    _require(scenes, questions, regions, "scene graph for the image of")
+    return regions
+
+
+def _region(scene: Record, name: str) -> Region:
+    box = scene.inside("objects").inside(name)
+    width, height = _number(scene, "width"), _number(scene, "height")
+    if width <= 0 or height <= 0:
+        scene.refuse(f"an image of {width} by {height} pixels")
+    x, y, w, h = (_number(box, side) for side in "xywh")
+    return x / width, y / height, (x + w) / width, (y + h) / height
+
+
+def _number(record: Record, name: str) -> float:
+    value = record.content.get(name)
+    if type(value) not in (int, float) or not -1e9 < value < 1e9:  # type: ignore[operator]
+        record.wrong(name, "a number")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _require(path: Path, questions: Mapping[str, Question], found: Mapping[str, Any], what: str) -> None:
+    missing = next((key for key in questions if key not in found), None)
+    if missing is not None:
+        raise UserError(f"{path}: no {what} question {shown(missing)}. Give the file of the split that is scored")

@@ -1,0 +1,97 @@
+"""Prediction files in the official forms, and whether they answer the questions of the split."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from vlm.errors import UserError
+from vlm.scoring.fields import Record
+from vlm.scoring.records import records, shown, unreadable
+
+Id = TypeVar("Id", bound=Hashable)
+
+
+def read_vqav2_results(file: Path) -> dict[int, str]:
+    """The results format of VQAv2: a list of {"question_id": whole number, "answer": text}."""
+    predictions: dict[int, str] = {}
+    for place, content in records(file, "list", unique_keys=True):
+        record = Record(file, place, content)
+        _add(record, predictions, record.whole("question_id"), record.text("answer"))
+    return predictions
+
+
+def read_gqa_predictions(file: Path) -> dict[str, str]:
+    """The predictions format of GQA: a list of {"questionId": text, "prediction": text}."""
+    predictions: dict[str, str] = {}
+    for place, content in records(file, "list", unique_keys=True):
+        record = Record(file, place, content)
+        _add(record, predictions, record.text("questionId"), record.text("prediction"))
+    return predictions
+
+
+def read_nlvr2_predictions(file: Path) -> dict[str, str]:
+    """The predictions format of NLVR2: lines of identifier,prediction without a header; True or False in any case."""
+    predictions: dict[str, str] = {}
+    for number, line in enumerate(read_lines(file), start=1):
+        record = Record(file, f"line {number}", {})
+        parts = line.strip().split(",")
+        if len(parts) != 2:
+            record.refuse(f"expected identifier,prediction. Got {shown(line)}")
+        if parts[1].lower() not in ("true", "false"):
+            record.refuse(f"the prediction must be True or False, and the file has no header. Got {shown(parts[1])}")
+        _add(record, predictions, *parts)
+    return predictions
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file; only line feeds part them, as sentences may hold any other separator."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{file}: {unreadable(error)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return text.rstrip().split("\n") if text.strip() else []
+
+
+def complete(
+    file: Path,
+    predictions: Mapping[Id, str],
+    needed: Collection[Id],
+    known: Collection[Id],
+    questions_file: Path,
+    allow_missing: bool,
+) -> tuple[dict[Id, str | None], int]:
+    """The predictions with None for each missing one, and how many those are.
+
+    `needed` are the ids that must be answered, `known` those that may be, both in the order of `questions_file`. An
+    unknown id is an error, and without `allow_missing` a missing one too.
+    """
+    unknown = [key for key in predictions if key not in known]
+    if unknown and len(unknown) == len(predictions):
+        raise UserError(
+            f"{file}: question {shown(unknown[0])} and all others are not in {questions_file}: "
+            "the files are of different splits"
+        )
+    if unknown:
+        raise UserError(
+            f"{file}: question {shown(unknown[0])} is not in {questions_file} (nor are {len(unknown) - 1} others). "
+            "Give the questions of the split that was predicted"
+        )
+    missing = [key for key in needed if key not in predictions]
+    if missing and not allow_missing:
+        raise UserError(
+            f"{file}: no prediction for question {shown(missing[0])} of {questions_file} "
+            f"({len(missing)} of {len(needed)} missing). Predict them, or score them as wrong with --allow-missing"
+        )
+    whole: dict[Id, str | None] = dict(predictions)
+    whole.update(dict.fromkeys(missing))
+    return whole, len(missing)
+
+
+def _add(record: Record, predictions: dict[Id, str], key: Id, answer: str) -> None:
+    if key in predictions:
+        record.refuse(f"a second prediction for question {shown(key)}. Keep one for each question")
+    predictions[key] = answer
