@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBER_WORDS)}
+ARTICLES = ("a", "an", "the")
+
+
+def normalise_answer(text: str) -> str:
+    """An answer as the official script compares it: punctuation, number words and articles; no contractions."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    joined = re.search(r"\d,\d", text) is not None
+    result = text
+    for mark in PUNCTUATION:
+        result = result.replace(mark, "" if joined or f"{mark} " in text or f" {mark}" in text else " ")
+    result = re.sub(r"\.(?!\d)", "", result)
+    words = (NUMBERS.get(word, word) for word in result.lower().split())
+    return " ".join(word for word in words if word not in ARTICLES)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
