@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, cast
 
 from vlm.errors import UserError
 
 CHUNK_CHARACTERS = 1 << 20
 MAX_RECORD_CHARACTERS = 1 << 26  # the largest official records (scene graphs) stay below 1 MB
+
+READING_ERRORS = (OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError)
+"""What reading a file, or a member of a zip, can raise. RuntimeError: the member is encrypted."""
 
 
 class OfficialFileError(UserError):
@@ -27,7 +31,7 @@ class OfficialFile:
     """A file of a release, wherever it lies: in a folder or inside a zip."""
 
     name: str  # what errors call it
-    open: Callable[[], IO[bytes]]
+    open: Callable[[], io.BufferedIOBase]
     remedy: str = "Download or prepare it again"
 
     @classmethod
@@ -38,19 +42,23 @@ class OfficialFile:
         return OfficialFileError(f"{self.name}: {problem}. {self.remedy}")
 
     @contextmanager
-    def text(self) -> Iterator[io.TextIOWrapper]:
-        """The open file as UTF-8; whatever stops it from being read is one clear error."""
+    def binary(self) -> Iterator[io.BufferedIOBase]:
+        """The open file; whatever stops it from being read is one clear error."""
         try:
-            with self.open() as binary, io.TextIOWrapper(binary, encoding="utf-8") as text:
-                yield text
+            with self.open() as binary:
+                yield binary
         except FileNotFoundError:
             raise OfficialFileError(f"{self.name}: no such file. Prepare the task's data first") from None
         except UnicodeDecodeError as error:
             raise self.error(f"not UTF-8 text ({error})") from None
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-            if isinstance(error, RecursionError):
-                raise
+        except READING_ERRORS as error:
             raise self.error(f"cannot be read ({type(error).__name__}: {error})") from None
+
+    @contextmanager
+    def text(self) -> Iterator[io.TextIOWrapper]:
+        """The open file as UTF-8."""
+        with self.binary() as binary, io.TextIOWrapper(cast(Any, binary), encoding="utf-8") as text:
+            yield text
 
 
 def items(file: OfficialFile, name: str) -> Iterator[tuple[int, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def read_annotations(file: OfficialFile) -> Iterator[Annotation]:
         row = Row(file, f"question {question_id}", value)
         answers = []
         for place, entry in enumerate(row.list("answers"), start=1):
-            answers.append(Row(file, f"question {question_id}, answer {place}", entry).text("answer"))
+            answers.append(sys.intern(Row(file, f"question {question_id}, answer {place}", entry).text("answer")))
         if not answers:
             raise row.error("has no answer")
         yield Annotation(
