@@ -56,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verb("evaluate", _evaluate, "Write a run's predictions and scores.")
     evaluate.add_argument("run", type=Path, metavar="RUN_FOLDER")
+    evaluate.add_argument(
+        "--baseline",
+        choices=("question_only", "shuffled_images", "most_frequent"),
+        help="score what the checkpoint knows from the mean image, or from another question's image; or score the most "
+        "frequent training answer to each question type",
+    )
 
     study = verb("study", _study, "Run a grid of runs, and draw its curve.")
     study.add_argument("study", metavar="NAME", help="a study under experiments/, or the path of a study.yaml")
@@ -136,7 +142,11 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from vlm.evaluation import evaluate_run
 
-    evaluate_run(options.run, options.overrides)
+    scores = evaluate_run(options.run, options.overrides, options.baseline)
+    for name, score in scores.items():
+        print(f"{name}: {score:.2f}")
+    if not scores:
+        print("no scores: this split comes without answers; the predictions are written")
 
 
 def _study(options: argparse.Namespace) -> None:
