@@ -52,8 +52,8 @@ def prepare_nlvr2(config: NLVR2PreparerConfig, options: Options) -> None:
 
 def whole(release: Release, name: str) -> list[Entry]:
     """The files of this name that hold a whole split, those of NLVR2 before those of its predecessor."""
-    entries = [entry for entry in release.find(name) if not set(SUBSETS) & set(entry.parts)]
-    return [entry for entry in entries if "nlvr2" in entry.parts] or entries
+    entries = [entry for entry in release.find(name) if not set(SUBSETS) & set(release.parts(entry))]
+    return [entry for entry in entries if "nlvr2" in release.parts(entry)] or entries
 
 
 def remembered(file: OfficialFile, identifiers: set[str]) -> Iterator[Question]:
@@ -68,7 +68,8 @@ def remembered(file: OfficialFile, identifiers: set[str]) -> Iterator[Question]:
 def keep_subset(work: Preparation, subset: str, name: str, identifiers: set[str]) -> None:
     """A subset of a split under its folder; each of its statements must be one of the split's."""
     file = f"{subset}_{name}.json"
-    entries = work.release.find(file) or [e for e in work.release.find(f"{name}.json") if subset in e.parts[-2:-1]]
+    release = work.release
+    entries = release.find(file) or [e for e in release.find(f"{name}.json") if subset in release.parts(e)[-2:-1]]
     to = f"{subset}/{file}"
     if not entries:
         return work.absent(to)

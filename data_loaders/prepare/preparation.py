@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.progress import Progress
 
-from data_loaders.prepare.release import REMEDY, Entry, Release
+from data_loaders.prepare.release import MANIFEST, REMEDY, REPORT, Entry, Release
 from data_loaders.prepare.report import SplitYield, YieldReport
 from data_loaders.progress import progress_bar
 from data_loaders.shards import ring_hash, write_ordered_shards
@@ -28,7 +30,6 @@ from vlm.tasks.task import MISSING_IMAGES
 from vlm.types import Question, Record
 
 FORMAT = 1
-MANIFEST, REPORT = "manifest.json", "report.json"
 MAX_IMAGE_BYTES = 1 << 28  # 256 MB; the largest photographs of these releases are below 50 MB
 T = TypeVar("T")
 U = TypeVar("U")
@@ -70,7 +71,7 @@ class Preparation:
         digest = hashlib.sha256()
         official = self.release.official(entry)
         with official.binary() as source, target.open("wb") as copy, self._bar("MB") as bar:
-            shown = bar.add_task(target.name, total=-(-entry.size // 10**6))
+            shown = bar.add_task(target.name, total=entry.size / 10**6)
             while chunk := source.read(1 << 20):
                 digest.update(chunk)
                 copy.write(chunk)
@@ -78,7 +79,7 @@ class Preparation:
         source_name = self.release.relative(entry.path) + (f": {entry.member}" if entry.member else "")
         self.report.files[to] = source_name
         self.copied[to] = {"source": source_name, "bytes": entry.size, "sha256": digest.hexdigest()}
-        return OfficialFile(entry.name, lambda: target.open("rb"), REMEDY)
+        return OfficialFile(entry.name, lambda: io.BufferedReader(_ShownFile(target, self._bar("MB"))), REMEDY)
 
     def absent(self, name: str) -> None:
         self.report.files[name] = "absent"
@@ -190,7 +191,7 @@ class Preparation:
         for path in self.release.archives:
             size = os.path.getsize(path)
             with open(path, "rb") as content, self._bar("MB") as bar:
-                shown = bar.add_task(f"checksum of {os.path.basename(path)}", total=-(-size // 10**6))
+                shown = bar.add_task(f"checksum of {os.path.basename(path)}", total=size / 10**6)
                 digest = hashlib.sha256()
                 while chunk := content.read(1 << 20):
                     digest.update(chunk)
@@ -198,8 +199,27 @@ class Preparation:
             archives[self.release.relative(path)] = {"bytes": size, "sha256": digest.hexdigest()}
         return archives
 
-    def _bar(self, unit: str) -> Any:
+    def _bar(self, unit: str) -> Progress:
         return progress_bar(self.options.progress, unit)
+
+
+class _ShownFile(io.FileIO):
+    """A file that shows how much of it was read."""
+
+    def __init__(self, path: Path, bar: Progress) -> None:
+        super().__init__(path)
+        self.bar = bar
+        self.shown = bar.add_task(f"checking {path.name}", total=path.stat().st_size / 10**6)
+        bar.start()
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        self.bar.advance(self.shown, count / 10**6)
+        return count
+
+    def close(self) -> None:
+        self.bar.stop()
+        super().close()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from vlm.tasks.official import OfficialFile
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 REMEDY = "Download it again"
+MANIFEST, REPORT = "manifest.json", "report.json"  # of a prepared folder
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -32,11 +33,6 @@ class Entry:
     def name(self) -> str:
         """What errors call it."""
         return f"{self.path}: {self.member}" if self.member else self.path
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The names of the folders that it lies in, zips among them, and its own."""
-        return (*Path(self.path).parts, *PurePosixPath(self.member).parts)
 
 
 class Release:
@@ -117,6 +113,10 @@ class Release:
     def official(self, entry: Entry) -> OfficialFile:
         return OfficialFile(entry.name, lambda: self.open(entry), REMEDY)
 
+    def parts(self, entry: Entry) -> tuple[str, ...]:
+        """The names of the folders inside the release that a file lies in, zips among them, and its own."""
+        return (*PurePosixPath(self.relative(entry.path)).parts, *PurePosixPath(entry.member).parts)
+
     def relative(self, path: str) -> str:
         """A file's path seen from the release's folder."""
         return Path(path).relative_to(self.folder).as_posix()
@@ -136,11 +136,11 @@ class Release:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All plain files under a folder. Links to folders are followed, each folder once."""
+    """All plain files under a folder, without what was prepared there. Links to folders are followed, each once."""
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        if real in seen:
+        if real in seen or {MANIFEST, REPORT} <= set(names):
             folders.clear()
             continue
         seen.add(real)

@@ -439,6 +439,23 @@ def test_a_release_with_any_damaged_file_is_prepared_or_named(tmp_path: Path, ta
             assert set(report["unreadable"]) <= {Path(name).stem}
 
 
+def test_a_clone_of_the_authors_repository_is_a_release(tmp_path: Path) -> None:
+    """It holds the files of NLVR2's predecessor as well, under the same names."""
+    files: dict[str, bytes | str] = {f"clone/nlvr2/{name}": content for name, content in nlvr2_files().items()}
+    source = write(tmp_path / "nlvr2", files | {"clone/nlvr/dev/dev.json": '{"identifier": "1-0"}'})
+    prepare_nlvr2(NLVR2PreparerConfig(), options(source, tmp_path / "root"))
+    assert manifest_of(tmp_path / "root", "nlvr2")["files"]["dev.json"]["source"] == "clone/nlvr2/data/dev.json"
+
+
+def test_what_was_prepared_before_is_no_part_of_the_release(tmp_path: Path) -> None:
+    files = vqav2_files()
+    source = write(tmp_path / "files", files)
+    prepare_vqav2(VQAv2PreparerConfig(), options(source, source / "root"))
+    write(source, {"v2_OpenEnded_mscoco_test-dev2015_questions.json": '{"questions": []}'})  # a newer one
+    prepare_vqav2(VQAv2PreparerConfig(), options(source, source / "root"))
+    assert report_of(source / "root", "vqav2")["splits"]["test_dev"]["questions"] == 0
+
+
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     files = vqav2_files()
     write(tmp_path / "elsewhere", {name: content for name, content in files.items() if name.startswith("train2014/")})

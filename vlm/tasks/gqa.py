@@ -72,6 +72,6 @@ def read_questions(file: OfficialFile, labelled: bool = True) -> Iterator[Questi
         key = str(image) if isinstance(image, int) and not isinstance(image, bool) else row.text("imageId")
         if not IMAGE_ID.fullmatch(key):
             raise row.error(f"'imageId' must be letters, digits, '_' or '-'. Got {key[:40]!r}")
-        types = Row(file, row.record, row.get("types") or {})
+        types = Row(file, f"{row.record}, types", {} if row.get("types") is None else row.get("types"))
         answers = (row.text("answer"),) if labelled else ()
         yield Question(question_id, row.text("question"), (key,), answers, types.text("structural", default=""))

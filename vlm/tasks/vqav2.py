@@ -147,7 +147,10 @@ def read_annotations(file: OfficialFile) -> Iterator[Annotation]:
         row = Row(file, f"question {question_id}", value)
         answers = []
         for place, entry in enumerate(row.list("answers"), start=1):
-            answers.append(sys.intern(Row(file, f"question {question_id}, answer {place}", entry).text("answer")))
+            answer = entry.get("answer") if isinstance(entry, dict) else None
+            if not isinstance(answer, str) or not answer.isascii():  # of ten answers a question, few need a closer look
+                answer = Row(file, f"question {question_id}, answer {place}", entry).text("answer")
+            answers.append(sys.intern(answer))
         if not answers:
             raise row.error("has no answer")
         yield Annotation(
