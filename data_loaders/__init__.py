@@ -3,7 +3,8 @@
 pairs/{train,validation}      shards of images with captions, machine labels, class names
 unimodal/{train,validation}   shards of images with class names only
 texts/{train,validation}.txt  unpaired texts, one a line
-vqav2/ gqa/ nlvr2/            official question files, and `images`: shards keyed by the images' names
+vqav2/ gqa/ nlvr2/            official question files, and `images`: shards keyed by the images' names; where a release
+                              lacked some, `missing_images.json` names them
 retrieval/                    sets of held-out captions, and their images
 """
 

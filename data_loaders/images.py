@@ -1,8 +1,10 @@
-"""The images of a batch by their keys: as pixels, as an even grey, or as states of an encoder that never changes."""
+"""The images of a batch by their keys: as pixels, as states of an encoder that never changes, or as what stands in
+for them in a baseline that may not look."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -24,10 +26,13 @@ class Images(Protocol):
 
 
 class DecodedImages:
-    """Pixels from shards; each image of a batch is read and decoded once."""
+    """Pixels from shards; each image of a batch is read and decoded once.
 
-    def __init__(self, reader: ShardReader, transform: ImageTransform) -> None:
-        self.reader, self.transform = reader, transform
+    An even grey stands in for those of `missing`, which the release lacked when it was prepared.
+    """
+
+    def __init__(self, reader: ShardReader, transform: ImageTransform, missing: Collection[str] = ()) -> None:
+        self.reader, self.transform, self.missing = reader, transform, missing
 
     def __call__(self, keys: Sequence[str]) -> UInt8[Tensor, "b 3 h w"]:
         pixels = {key: self._pixels(key) for key in dict.fromkeys(keys)}
@@ -37,18 +42,68 @@ class DecodedImages:
         try:
             position = self.reader.position(key)
         except KeyError:
+            if key in self.missing:
+                return grey(self.transform.image_pixels)
             raise UserError(f"{self.reader.index.folder}: image {key!r} is asked for, but it is not here") from None
         return self.transform(self.reader.image(position), key)
 
 
-class GreyImages:
-    """An even grey in place of every image, for the baseline that may not look. Nothing is read."""
+class OneImage:
+    """One image in place of every other, for the baselines that may not look. Nothing is read."""
 
-    def __init__(self, image_pixels: int) -> None:
-        self.grey = torch.full((1, 3, image_pixels, image_pixels), 127, dtype=torch.uint8)
+    def __init__(self, pixels: UInt8[Tensor, "3 h w"]) -> None:
+        self.pixels = pixels[None]
 
     def __call__(self, keys: Sequence[str]) -> UInt8[Tensor, "b 3 h w"]:
-        return self.grey.expand(len(keys), -1, -1, -1)
+        return self.pixels.expand(len(keys), -1, -1, -1)
+
+
+class GreyImages(OneImage):
+    """An even grey in place of every image."""
+
+    def __init__(self, image_pixels: int) -> None:
+        super().__init__(grey(image_pixels))
+
+
+class MeanImages(OneImage):
+    """The mean of some images in place of every image: what a model knows of pictures before it looks."""
+
+    def __init__(self, images: Images, keys: Iterable[str]) -> None:
+        total, count = torch.zeros(()), 0
+        for key in keys:
+            total, count = total + images([key])[0].double(), count + 1
+        if not count:
+            raise UserError("the mean image needs at least one training image, and there is none")
+        super().__init__((total / count).round().to(torch.uint8))
+
+
+class ShuffledImages:
+    """The image of another key in place of every image; the same one each time."""
+
+    def __init__(self, images: Images, other: Mapping[str, str]) -> None:
+        self.images, self.other = images, other
+
+    def __call__(self, keys: Sequence[str]) -> Tensor:
+        return self.images([self.other[key] for key in keys])
+
+
+def derangement(groups: Iterable[tuple[str, ...]], seed: int) -> dict[str, str]:
+    """For each image another one, drawn by `seed`; the images of a group stay together and in order.
+
+    A group is what one question asks about: one image, or the two of a pair. Each group takes the place of exactly
+    one other, so the images that are seen are the same as before.
+    """
+    distinct = sorted(set(groups))
+    random.Random(seed).shuffle(distinct)
+    if len(distinct) == 1:
+        raise UserError("images cannot be shuffled where all questions are about the same one")
+    others = [*distinct[1:], *distinct[:1]]  # one cycle through all, so that none keeps its own
+    return {key: new for old, other in zip(distinct, others, strict=True) for key, new in zip(old, other, strict=True)}
+
+
+def grey(image_pixels: int) -> UInt8[Tensor, "3 h w"]:
+    """An even grey."""
+    return torch.full((3, image_pixels, image_pixels), 127, dtype=torch.uint8)
 
 
 class EncodedImages:

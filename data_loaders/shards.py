@@ -8,8 +8,8 @@ The tars are plain WebDataset tars: `webdataset.WebDataset(...)` reads them too.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -68,46 +68,26 @@ ARRAYS = ("hashes", "shard", "image_offset", "image_size", "json_offset", "json_
 def write_shards(records: Iterable[Record], folder: Path, examples_per_shard: int = 4096) -> Index:
     """Sort records by the hash of their key and write them as shards with an index.
 
-    The folder appears whole or not at all. Keys must be unique and of letters, digits, `_` and `-`.
+    The folder appears whole or not at all. Keys must be unique and of letters, digits, `_` and `-`. All records are in
+    memory at once; `write_ordered_shards` takes them one by one.
     """
-    import webdataset
-
     ordered = sorted(records, key=lambda record: ring_hash(record.key))
-    _check_keys(ordered, folder)
+    return write_ordered_shards(ordered, folder, examples_per_shard)
+
+
+def write_ordered_shards(records: Iterable[Record], folder: Path, examples_per_shard: int = 4096) -> Index:
+    """Write records that come in the order of `ring_hash(record.key)`; one is in memory at a time, the rest on disk.
+
+    The folder appears whole or not at all.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        shards: list[dict[str, Any]] = []
-        places: list[tuple[int, ...]] = []
-        for start in range(0, max(len(ordered), 1), examples_per_shard):
-            part = ordered[start : start + examples_per_shard]
-            file = partial / f"{len(shards):05d}.tar"
-            with webdataset.TarWriter(str(file), encoder=False, mtime=0, user="", group="") as writer:
-                for record in part:
-                    writer.write(_members(record))
-            places += [(len(shards), *place) for place in _member_places(file, part)]
-            shards.append(
-                {
-                    "file": file.name,
-                    "examples": len(part),
-                    "bytes": file.stat().st_size,
-                    "first_hash": ring_hash(part[0].key) if part else 0,
-                    "last_hash": ring_hash(part[-1].key) if part else 0,
-                    "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-                }
-            )
-        columns = np.array(places, dtype=np.int64).reshape(len(ordered), 5)
-        arrays: dict[str, np.ndarray] = {
-            "hashes": np.array([ring_hash(record.key) for record in ordered], dtype=np.int64),
-            "shard": columns[:, 0].astype(np.int32),
-            "image_offset": columns[:, 1].copy(),
-            "image_size": columns[:, 2].astype(np.int32),
-            "json_offset": columns[:, 3].copy(),
-            "json_size": columns[:, 4].astype(np.int32),
-        }
-        save_file(arrays, partial / "index.safetensors")
-        header = {"format": FORMAT, "examples": len(ordered), "shards": shards}
-        (partial / "index.json").write_text(json.dumps(header, indent=1))
+        writer = _ShardWriter(partial, examples_per_shard)
+        with contextlib.closing(writer):
+            for record in _checked(records, folder):
+                writer.add(record)
+            writer.finish()
         partial.chmod(0o755)
         former = partial.with_name(f"{partial.name}-former")
         if folder.exists():
@@ -118,6 +98,78 @@ def write_shards(records: Iterable[Record], folder: Path, examples_per_shard: in
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return open_index(folder)
+
+
+class _ShardWriter:
+    """Fills one tar after the other and remembers where each example lies."""
+
+    def __init__(self, folder: Path, examples_per_shard: int) -> None:
+        self.folder, self.examples_per_shard = folder, examples_per_shard
+        self.shards: list[dict[str, Any]] = []
+        self.hashes: list[int] = []
+        self.places: list[tuple[int, ...]] = []
+        self._tar: Any = None
+        self._keys: list[str] = []  # of the open tar
+
+    def add(self, record: Record) -> None:
+        if len(self._keys) == self.examples_per_shard:
+            self._seal()
+        if self._tar is None:
+            self._open()
+        self._tar.write(_members(record))
+        self._keys.append(record.key)
+        self.hashes.append(ring_hash(record.key))
+
+    def finish(self) -> None:
+        """Close the last tar and write the index; an empty folder has one empty tar."""
+        if not self.shards and self._tar is None:
+            self._open()
+        if self._tar is not None:
+            self._seal()
+        columns = np.array(self.places, dtype=np.int64).reshape(len(self.places), 5)
+        arrays: dict[str, np.ndarray] = {
+            "hashes": np.array(self.hashes, dtype=np.int64),
+            "shard": columns[:, 0].astype(np.int32),
+            "image_offset": columns[:, 1].copy(),
+            "image_size": columns[:, 2].astype(np.int32),
+            "json_offset": columns[:, 3].copy(),
+            "json_size": columns[:, 4].astype(np.int32),
+        }
+        save_file(arrays, self.folder / "index.safetensors")
+        header = {"format": FORMAT, "examples": len(self.hashes), "shards": self.shards}
+        (self.folder / "index.json").write_text(json.dumps(header, indent=1))
+
+    def close(self) -> None:
+        """Let go of a tar that was left open by an error."""
+        if self._tar is not None:
+            self._tar.close()
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / f"{len(self.shards):05d}.tar"
+
+    def _open(self) -> None:
+        import webdataset
+
+        self._tar = webdataset.TarWriter(str(self._file), encoder=False, mtime=0, user="", group="")
+
+    def _seal(self) -> None:
+        self._tar.close()
+        keys, file = self._keys, self._file
+        self.places += [(len(self.shards), *place) for place in _member_places(file, keys)]
+        with file.open("rb") as content:
+            checksum = hashlib.file_digest(content, "sha256").hexdigest()
+        self.shards.append(
+            {
+                "file": file.name,
+                "examples": len(keys),
+                "bytes": file.stat().st_size,
+                "first_hash": ring_hash(keys[0]) if keys else 0,
+                "last_hash": ring_hash(keys[-1]) if keys else 0,
+                "sha256": checksum,
+            }
+        )
+        self._tar, self._keys = None, []
 
 
 def open_index(folder: Path) -> Index:
@@ -231,13 +283,18 @@ class ShardReader:
         return data
 
 
-def _check_keys(ordered: list[Record], folder: Path) -> None:
-    for record in ordered:
+def _checked(records: Iterable[Record], folder: Path) -> Iterator[Record]:
+    """The records, once their keys are known to be safe, unique and in the ring's order."""
+    former, place = "", -1
+    for record in records:
         if not KEY_PATTERN.fullmatch(record.key):
             raise ShardError(f"{folder}: key {record.key!r} must be letters, digits, '_' or '-', 200 at most")
-    for first, second in itertools.pairwise(ordered):
-        if ring_hash(first.key) == ring_hash(second.key):
-            raise ShardError(f"{folder}: keys {first.key!r} and {second.key!r} collide; keys must be unique")
+        if ring_hash(record.key) == place:
+            raise ShardError(f"{folder}: keys {former!r} and {record.key!r} collide; keys must be unique")
+        if ring_hash(record.key) < place:
+            raise ValueError(f"{record.key!r} comes after {former!r}, but lies before it on the hash ring")
+        former, place = record.key, ring_hash(record.key)
+        yield record
 
 
 def _members(record: Record) -> dict[str, Any]:
@@ -246,13 +303,13 @@ def _members(record: Record) -> dict[str, Any]:
     return {"__key__": record.key, suffix: record.image, "json": json.dumps(metadata, ensure_ascii=False).encode()}
 
 
-def _member_places(file: Path, part: list[Record]) -> Iterator[tuple[int, int, int, int]]:
+def _member_places(file: Path, keys: list[str]) -> Iterator[tuple[int, int, int, int]]:
     """(image offset, image size, json offset, json size) of each record, as the tar itself says."""
     import tarfile
 
     with tarfile.open(file) as tar:
         members = {member.name: member for member in tar}
-    for record in part:
-        image = members.get(f"{record.key}.png") or members[f"{record.key}.jpg"]
-        metadata = members[f"{record.key}.json"]
+    for key in keys:
+        image = members.get(f"{key}.png") or members[f"{key}.jpg"]
+        metadata = members[f"{key}.json"]
         yield image.offset_data, image.size, metadata.offset_data, metadata.size

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vlm.errors import UserError
@@ -20,6 +20,14 @@ Augmentation = Literal["none", "randaugment"]
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
+class ImageError(UserError):
+    """An image that cannot be had from its bytes. `reason` is the same for all that are alike."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The picture as RGB. `name` is what an error calls it."""
     try:
@@ -27,12 +35,17 @@ def decode_image(data: bytes, name: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap below is the lower one
             image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP"))
         if image.width * image.height > MAX_PIXELS:
-            raise UserError(f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}")
+            raise ImageError(
+                f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}",
+                reason="too many pixels",
+            )
         return as_rgb(image)
-    except UserError:
+    except ImageError:
         raise
     except Exception as error:
-        raise UserError(f"{name}: the image cannot be decoded ({type(error).__name__}: {error})") from None
+        reason = "no image" if isinstance(error, UnidentifiedImageError) else "damaged"
+        message = f"{name}: the image cannot be decoded ({type(error).__name__}: {error})"
+        raise ImageError(message, reason) from None
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

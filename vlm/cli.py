@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verb("evaluate", _evaluate, "Write a run's predictions and scores.")
     evaluate.add_argument("run", type=Path, metavar="RUN_FOLDER")
+    evaluate.add_argument(
+        "--baseline",
+        choices=("question_only", "shuffled_images", "most_frequent"),
+        help="score what the checkpoint knows from the mean image, or from another question's image; or score the most "
+        "frequent training answer to each question type",
+    )
 
     study = verb("study", _study, "Run a grid of runs, and draw its curve.")
     study.add_argument("study", metavar="NAME", help="a study under experiments/, or the path of a study.yaml")
@@ -70,9 +76,13 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_score(verb("score", _score, "Score prediction files of anyone as the authors of the benchmark do."))
 
-    prepare = verb("prepare", _prepare, "Write a data root: the procedural world, or emoji with their captions.")
-    prepare.add_argument("data", choices=("world", "emoji"))
-    prepare.add_argument("--to", type=Path, metavar="DIR", required=True, help="replaced if it is there")
+    prepare = verb("prepare", _prepare, "Write a data root: a procedural one, or one from a release as downloaded.")
+    prepare.add_argument("data", choices=("world", "emoji", "vqav2", "gqa", "nlvr2"))
+    prepare.add_argument("--from", dest="source", type=Path, metavar="DIR", help="a release: its files and zips")
+    prepare.add_argument("--to", type=Path, metavar="DIR", required=True, help="the data root; replaced if it is there")
+    prepare.add_argument(
+        "--max-missing", type=float, metavar="FRACTION", default=0.0, help="of the images that may be lost (default: 0)"
+    )
 
     for each in (show, train, evaluate, study, prepare):
         each.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as seed=3 or data=world")
@@ -193,7 +203,11 @@ def _report(run: Path) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from vlm.evaluation import evaluate_run
 
-    evaluate_run(options.run, options.overrides)
+    scores = evaluate_run(options.run, options.overrides, options.baseline)
+    for name, score in scores.items():
+        print(f"{name}: {score:.2f}")
+    if not scores:
+        print("no scores: this split comes without answers; the predictions are written")
 
 
 def _study(options: argparse.Namespace) -> None:
@@ -232,14 +246,35 @@ def _score(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace) -> None:
     from vlm.config import compose
 
-    if options.data == "world":
-        from data_loaders.world import WorldConfig, write_world
+    if options.data in ("world", "emoji"):
+        if options.source is not None or options.max_missing:
+            raise UserError(f"prepare {options.data}: takes neither --from nor --max-missing; it needs no release")
+        if options.data == "world":
+            from data_loaders.world import WorldConfig, write_world
 
-        write_world(compose(None, options.overrides, WorldConfig), options.to, progress=True)
+            write_world(compose(None, options.overrides, WorldConfig), options.to, progress=True)
+        else:
+            from data_loaders.prepare.emoji import EmojiConfig, write_emoji
+
+            write_emoji(compose(None, options.overrides, EmojiConfig), options.to, progress=True)
+        return
+    if options.source is None:
+        raise UserError(f"prepare {options.data}: --from DIR must name the folder with the files as downloaded")
+    from data_loaders.prepare.preparation import Options
+
+    wanted = Options(options.source, options.to, options.max_missing)
+    if options.data == "vqav2":
+        from data_loaders.prepare.vqav2 import VQAv2PreparerConfig, prepare_vqav2
+
+        prepare_vqav2(compose(None, options.overrides, VQAv2PreparerConfig), wanted)
+    elif options.data == "gqa":
+        from data_loaders.prepare.gqa import GQAPreparerConfig, prepare_gqa
+
+        prepare_gqa(compose(None, options.overrides, GQAPreparerConfig), wanted)
     else:
-        from data_loaders.prepare.emoji import EmojiConfig, write_emoji
+        from data_loaders.prepare.nlvr2 import NLVR2PreparerConfig, prepare_nlvr2
 
-        write_emoji(compose(None, options.overrides, EmojiConfig), options.to, progress=True)
+        prepare_nlvr2(compose(None, options.overrides, NLVR2PreparerConfig), wanted)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from data_loaders.images import DecodedImages, Images, MeanImages, ShuffledImages, derangement
 from data_loaders.loader import evaluation_loader
+from data_loaders.shards import ShardReader, open_index, ring_hash
 from vlm.config import load_yaml
 from vlm.errors import UserError
 from vlm.metrics.submission import merge_predictions
@@ -24,28 +28,68 @@ from vlm.run import (
     load_component,
     question_batches,
     read_checkpoint,
+    task_images,
 )
 from vlm.tasks.retrieval import Rank, RetrievalTask, retrieval_scores
-from vlm.tasks.task import Task
+from vlm.tasks.task import Task, read_missing_images
 from vlm.training.finetuning import Finetuning, answer_logits
 from vlm.training.module import TrainingModule
+from vlm.types import Question
 
 T = TypeVar("T")
+Baseline = Literal["question_only", "shuffled_images", "most_frequent"]
+"""What is taken away: every image is the mean image, or that of another question; or the model itself."""
+
+MEAN_OF = 1000  # training images: the standard error of their mean is about 2 of 255 grey levels
 
 
-def evaluate_answers(config: RunConfig, root: Path, module: TrainingModule, tokenizer: Tokenizer) -> dict[str, float]:
+def evaluate_answers(
+    config: RunConfig, root: Path, module: TrainingModule, tokenizer: Tokenizer, baseline: Baseline | None = None
+) -> dict[str, float]:
     """Answer every question of the evaluation split, write the official predictions file, and score it.
 
     The selected checkpoint answers. Beside the scores stands `question_prior`: what the most frequent training
-    answers to the same questions would score, without a picture. Under DDP the ranks share the questions.
+    answers to the same questions would score, without a picture. A split whose answers its authors keep has no
+    scores. Under DDP the ranks share the questions. With a `baseline` everything is the same but what it takes away.
     """
+    task = cast(Task, config.task)
+    questions = task.read(root, task.evaluation_split)
+    if baseline == "most_frequent":
+        predictions = task.question_prior(task.train_questions(root), questions)
+    else:
+        predictions = _answer(config, root, module, tokenizer, questions, baseline)
+    if _rank()[0] == 0:
+        file = config.run_folder / f"predictions-{_name_of(task, baseline)}.json"
+        task.write_predictions(file, questions, predictions)
+    if not any(question.answers for question in questions):
+        return {}
+    prior = task.question_prior(task.train_questions(root), questions)
+    scores = task.score(questions, predictions)
+    return scores | {"question_prior": task.score(questions, prior)[task.headline]}
+
+
+def _answer(
+    config: RunConfig,
+    root: Path,
+    module: TrainingModule,
+    tokenizer: Tokenizer,
+    questions: list[Question],
+    baseline: Baseline | None,
+) -> dict[str, str]:
+    """The selected checkpoint's answers, gathered from all ranks."""
     task = cast(Task, config.task)
     assert isinstance(module, Finetuning)
     _load_selected(module, config)
-    questions = task.read(root, task.evaluation_split)
     transform = image_transform(config, module.model, training=False)
-    source = question_batches(task, root, questions, module.answers, transform, tokenizer)
+    images = task_images(task, root, transform)
+    if baseline == "question_only":
+        images = MeanImages(images, _some_training_images(task, root))
+    elif baseline == "shuffled_images":
+        images = ShuffledImages(images, derangement((q.image_keys for q in questions), config.seed))
+    source = question_batches(task, root, questions, module.answers, transform, tokenizer, images)
     rank, world_size = _rank()
+    if rank == 0 and baseline != "question_only" and not task.question_only:
+        _tell_of_missing_images(task, root, questions)
     loader = evaluation_loader(source, config.trainer.evaluation_batch_size, rank, world_size, config.data.num_workers)
     device = _device(config)
     module.to(device).eval()
@@ -55,22 +99,44 @@ def evaluate_answers(config: RunConfig, root: Path, module: TrainingModule, toke
             batch = module.transfer_batch_to_device(batch, device, 0)
             best = answer_logits(module.model, module.head, batch).argmax(-1).tolist()
             predictions |= {key: module.answers[number] for key, number in zip(batch.keys, best, strict=True)}
-    predictions = _gather(predictions)
-    if rank == 0:
-        file = config.run_folder / f"predictions-{task.type}-{task.evaluation_split}.json"
-        task.write_predictions(file, questions, predictions)
-    prior = task.question_prior(task.train_questions(root), questions)
-    scores = task.score(questions, predictions)
-    return scores | {"question_prior": task.score(questions, prior)[task.headline]}
+    return _gather(predictions)
+
+
+def _some_training_images(task: Task, root: Path) -> list[str]:
+    """Up to `MEAN_OF` training images, chosen by the hash of their keys."""
+    keys = {key for question in task.train_questions(root) for key in question.image_keys}
+    return sorted(keys, key=ring_hash)[:MEAN_OF]
+
+
+def _tell_of_missing_images(task: Task, root: Path, questions: Sequence[Question]) -> None:
+    missing = read_missing_images(root / task.type)
+    without = sum(not missing.isdisjoint(question.image_keys) for question in questions)
+    if without:
+        Console(stderr=True).print(
+            f"{task.type} {task.evaluation_split}: {without:,} of {len(questions):,} questions are about images that "
+            "the release lacked. They are answered with a grey image, and count"
+        )
+
+
+def _name_of(task: Task | RetrievalTask, baseline: Baseline | None) -> str:
+    """What a predictions or scores file is about: "vqav2-test", "vqav2-test-shuffled_images"."""
+    split = [task.evaluation_split] if isinstance(task, Task) else []
+    return "-".join([task.type, *split, *([baseline] if baseline else [])])
 
 
 def evaluate_retrieval(
-    config: RunConfig, root: Path, model: VisionLanguageModel, tokenizer: Tokenizer
+    config: RunConfig,
+    root: Path,
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    baseline: Baseline | None = None,
 ) -> dict[str, float]:
     """Rank all images for each text and all texts for each image by the matching head of `start_from`."""
-    from data_loaders.shards import ShardReader, open_index
-
     task = cast(RetrievalTask, config.task)
+    if baseline == "most_frequent":
+        raise UserError(
+            "task=retrieval: has no answers, so none is the most frequent; compare with its scores of chance"
+        )
     if config.start_from is None:
         raise UserError("task=retrieval: start_from must name a pretraining run with a matching objective")
     head = torch.nn.Linear(2 * model.width, 2)
@@ -86,11 +152,15 @@ def evaluate_retrieval(
     scores: dict[str, float] = {}
     for name in task.sets:
         questions = task.read(root, name)
-        reader = ShardReader(open_index(root / "retrieval" / f"{name}_images"))
-        images = torch.stack(
-            [transform(reader[reader.position(q.image_keys[0])].image, q.image_keys[0]) for q in questions]
-        )
-        matches = match_matrix(model, head, images, [q.text for q in questions], tokenizer, config)
+        images: Images = DecodedImages(ShardReader(open_index(root / "retrieval" / f"{name}_images")), transform)
+        if baseline == "question_only":
+            reader = ShardReader(open_index(root / "pairs" / "train"))
+            some = [reader.text(position).key for position in range(min(len(reader), MEAN_OF))]
+            images = MeanImages(DecodedImages(reader, transform), some)
+        elif baseline == "shuffled_images":
+            images = ShuffledImages(images, derangement((q.image_keys for q in questions), config.seed))
+        pixels = images([q.image_keys[0] for q in questions])
+        matches = match_matrix(model, head, pixels, [q.text for q in questions], tokenizer, config)
         ranks = {"text_to_image": ranks_of(matches), "image_to_text": ranks_of(matches.T)}
         scores |= {f"{name}/{metric}": value for metric, value in retrieval_scores(ranks).items()}
         scores[f"{name}/chance"] = 100 / len(questions)
@@ -127,19 +197,29 @@ def match_matrix(
     return torch.stack(rows)
 
 
-def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Score a fine-tuned run again from its checkpoint, on the split that its config or `overrides` name."""
-    from vlm.config import apply_overrides, load_yaml
-    from vlm.run import CONFIG, build_finetuning, build_model, build_tokenizer
+def evaluate_run(folder: Path, overrides: Sequence[str] = (), baseline: Baseline | None = None) -> dict[str, float]:
+    """Score a fine-tuned run again from its checkpoint, on the split that its config or `overrides` name.
+
+    Scores go to `scores-TASK-SPLIT[-BASELINE].json` in the run's folder; its `result.json` stays as it is.
+    """
+    from vlm.config import apply_overrides, fingerprint, load_yaml
+    from vlm.run import CONFIG, build_finetuning, build_model, build_tokenizer, write_atomically
     from vlm.run import RunConfig as Run
 
     config = apply_overrides(load_yaml(folder / CONFIG, Run), overrides).model_copy(update={"folder": folder})
+    task = config.task
+    if task is None:
+        raise UserError(f"{folder}: is a pretraining, which has no task to be scored on")
     root = config.data.prepare()
     tokenizer, model = build_tokenizer(config, root), build_model(config)
-    if isinstance(config.task, RetrievalTask):
-        return evaluate_retrieval(config, root, model, tokenizer)
-    module, _, _ = build_finetuning(config, root, model, tokenizer)
-    return evaluate_answers(config, root, module, tokenizer)
+    if isinstance(task, RetrievalTask):
+        scores = evaluate_retrieval(config, root, model, tokenizer, baseline)
+    else:
+        module, _, _ = build_finetuning(config, root, model, tokenizer)
+        scores = evaluate_answers(config, root, module, tokenizer, baseline)
+    content = {"fingerprint": fingerprint(config), "baseline": baseline, "scores": scores}
+    write_atomically(folder / f"scores-{_name_of(cast(Task, task), baseline)}.json", json.dumps(content, indent=1))
+    return scores
 
 
 def _load_selected(module: TrainingModule, config: RunConfig) -> None:

@@ -24,6 +24,7 @@ from vlm.training.optimizer import OptimizerConfig
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from data_loaders.images import Images
     from data_loaders.loader import BatchSource
     from data_loaders.transforms import ImageTransform
     from vlm.models.language.tokenizer import Tokenizer
@@ -325,17 +326,19 @@ def build_finetuning(
 
 
 def question_batches(
-    task: Any, root: Path, questions: list[Any], answers: tuple[str, ...], transform: Any, tokenizer: Tokenizer
+    task: Any,
+    root: Path,
+    questions: list[Any],
+    answers: tuple[str, ...],
+    transform: Any,
+    tokenizer: Tokenizer,
+    images: Images | None = None,
 ) -> BatchSource:
-    """Questions joined to the task's images and to soft targets over `answers`."""
+    """Questions joined to `images`, by default the task's, and to soft targets over `answers`."""
     from data_loaders.collate import QuestionBatches
-    from data_loaders.images import DecodedImages, GreyImages, Images
-    from data_loaders.shards import ShardReader, open_index
 
-    if task.question_only:
-        images: Images = GreyImages(transform.image_pixels)
-    else:
-        images = DecodedImages(ShardReader(open_index(root / task.type / "images")), transform)
+    if images is None:
+        images = task_images(task, root, transform)
     answer_ids = {answer: number for number, answer in enumerate(answers)}
     return QuestionBatches(
         questions,
@@ -345,6 +348,18 @@ def question_batches(
         len(answers),
         task.multi_label,
     )
+
+
+def task_images(task: Any, root: Path, transform: ImageTransform) -> Images:
+    """The images that a task's model sees."""
+    from data_loaders.images import DecodedImages, GreyImages
+    from data_loaders.shards import ShardReader, open_index
+    from vlm.tasks.task import read_missing_images
+
+    if task.question_only:
+        return GreyImages(transform.image_pixels)
+    folder = root / task.type
+    return DecodedImages(ShardReader(open_index(folder / "images")), transform, read_missing_images(folder))
 
 
 def encode_frozen_images(config: RunConfig, model: VisionLanguageModel, source: Any, num_steps: int) -> None:

@@ -51,7 +51,8 @@ class Question:
     text: str
     image_keys: tuple[str, ...]
     answers: tuple[str, ...] = ()
-    group: str = ""  # question type (VQAv2, GQA) or the identifier that consistency is counted over (NLVR2)
+    group: str = ""  # answer type (VQAv2), structural type (GQA) or what consistency is counted over (NLVR2)
+    kind: str = ""  # question type, where it is another thing than the group (VQAv2: "what color is the")
 
 
 @dataclass(slots=True)

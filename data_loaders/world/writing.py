@@ -11,17 +11,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from rich.progress import Progress
 
+from data_loaders.progress import progress_bar
 from data_loaders.shards import write_shards
 from data_loaders.world import gqa, nlvr2, vqav2
 from data_loaders.world.config import WorldConfig
@@ -37,22 +29,14 @@ SPLITS = ("train", "validation", "test")
 CAPTION_FRACTION = 0.6  # of the unpaired texts; the others are questions and statements
 
 
-class RateColumn(ProgressColumn):
-    """Images written a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.0f} images/s" if task.speed else "")
-
-
 def write_world(config: WorldConfig, root: Path, progress: bool = True) -> None:
     """Write the world to `root`, which appears whole or not at all. Nothing but another world is replaced."""
     if root.exists() and not (root / MANIFEST).is_file() and not (root.is_dir() and not any(root.iterdir())):
         raise UserError(f"{root}: exists and is no world (no {MANIFEST}). Choose another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, disable=not progress) as bar:
+        with progress_bar(progress) as bar:
             counts = _write_parts(config, partial, bar)
         header = {"format": FORMAT, "config": config.model_dump(), "counts": counts}
         (partial / MANIFEST).write_text(json.dumps(header, indent=1))

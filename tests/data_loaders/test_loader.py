@@ -18,7 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from data_loaders.collate import ImageBatches, PairBatches, QuestionBatches, TextBatches
-from data_loaders.images import DecodedImages, EncodedImages, GreyImages
+from data_loaders.images import (
+    DecodedImages,
+    EncodedImages,
+    GreyImages,
+    MeanImages,
+    ShuffledImages,
+    derangement,
+)
 from data_loaders.loader import BatchSource, TrainOrder, evaluation_loader, step_seed, train_loader
 from data_loaders.shards import ShardReader, write_shards
 from data_loaders.transforms import ImageTransform, decode_image
@@ -241,6 +248,38 @@ def test_the_baseline_that_may_not_look_sees_an_even_grey(reader: ShardReader, t
     image = questions_over(reader, tokenizer, ("red",), grey=True).image
     assert image is not None
     assert image.unique().tolist() == [127]
+
+
+def test_the_mean_image_stands_for_every_image(reader: ShardReader) -> None:
+    images = DecodedImages(reader, ImageTransform(4))
+    mean = MeanImages(images, ["red", "blue"])(["green", "red", "unknown"])
+    assert mean.shape == (3, 3, 4, 4)
+    expected = images(["red", "blue"]).float().mean((0, 2, 3))
+    assert torch.allclose(mean.float().mean((2, 3)), expected.expand(3, -1), atol=0.6)  # rounded once
+    with pytest.raises(UserError, match="at least one training image"):
+        MeanImages(images, [])
+
+
+def test_every_image_gives_its_place_to_another() -> None:
+    """A permutation without a fixed point, drawn by the seed, that keeps the two images of a pair together."""
+    singles = [(f"image-{number}",) for number in range(50)]
+    other = derangement([*singles, *singles[:7]], seed=0)
+    assert sorted(other) == sorted(other.values()) == sorted(key for (key,) in singles)
+    assert all(key != new for key, new in other.items())
+    assert derangement(reversed(singles), seed=0) == other != derangement(singles, seed=1)
+    pairs = [(f"{number}-img0", f"{number}-img1") for number in range(9)]
+    for left, right in pairs:
+        new = [derangement(pairs, seed=3)[key] for key in (left, right)]
+        assert tuple(new) in pairs and tuple(new) != (left, right)
+    assert derangement([("a",), ("b",)], seed=5) == {"a": "b", "b": "a"}
+    with pytest.raises(UserError, match="all questions are about the same one"):
+        derangement([("a",)] * 3, seed=0)
+
+
+def test_shuffled_images_are_those_of_the_other_keys(reader: ShardReader) -> None:
+    images = DecodedImages(reader, ImageTransform(4))
+    shuffled = ShuffledImages(images, {"red": "blue", "blue": "red"})
+    assert torch.equal(shuffled(["red", "red", "blue"]), images(["blue", "blue", "red"]))
 
 
 def test_a_question_about_a_missing_image_names_it(reader: ShardReader, tokenizer: Tokenizer) -> None:

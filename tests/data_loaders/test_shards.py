@@ -19,7 +19,15 @@ import webdataset
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from data_loaders.shards import Index, ShardError, ShardReader, open_index, ring_hash, write_shards
+from data_loaders.shards import (
+    Index,
+    ShardError,
+    ShardReader,
+    open_index,
+    ring_hash,
+    write_ordered_shards,
+    write_shards,
+)
 from vlm.types import Record
 
 COUNT = 10
@@ -138,6 +146,27 @@ def test_unsafe_keys_are_refused(tmp_path: Path, key: str) -> None:
 def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="keys 'same' and 'same' collide"):
         write_shards([Record("same", b"1"), Record("other"), Record("same", b"2")], tmp_path / "shards")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ordered_records_are_written_one_by_one(folder: Path, tmp_path: Path) -> None:
+    """The same bytes as from a list; a whole data set never lies in memory."""
+    streamed = tmp_path / "streamed"
+
+    def stream() -> Iterator[Record]:
+        for number, record in enumerate(sorted(make_records(), key=lambda record: ring_hash(record.key))):
+            (partial,) = tmp_path.glob(".streamed-*")
+            assert len(list(partial.glob("*.tar"))) == -(-number // 4)  # what came before is on disk already
+            yield record
+
+    write_ordered_shards(stream(), streamed, examples_per_shard=4)
+    assert contents(streamed) == contents(folder)
+
+
+def test_records_out_of_the_rings_order_are_refused(tmp_path: Path) -> None:
+    records = sorted(make_records(), key=lambda record: -ring_hash(record.key))
+    with pytest.raises(ValueError, match="lies before it on the hash ring"):
+        write_ordered_shards(records, tmp_path / "shards")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,22 @@ def test_the_question_prior_takes_the_question_then_its_type_then_anything() -> 
     assert GQATask().question_prior(train, asked) == {"a": "yes", "b": "no", "c": "dog"}
 
 
+def test_the_question_prior_is_told_the_question_type_and_not_the_answer_type() -> None:
+    """ "yes/no" and "number" are known only once the answer is."""
+    train = [
+        Question("1", "is it?", ("a",), ("yes",) * 10, "yes/no", "is it"),
+        Question("2", "is there?", ("a",), ("no",) * 10, "yes/no", "is there"),
+        Question("3", "is there one?", ("a",), ("no",) * 10, "yes/no", "is there"),
+    ]
+    asked = [
+        Question("4", "is it new?", ("b",), (), "yes/no", "is it"),
+        Question("5", "so?", ("b",), (), "yes/no", "so"),
+    ]
+    assert VQAv2Task().question_prior(train, asked) == {"4": "yes", "5": "no"}
+    with pytest.raises(UserError, match="no training question has an answer"):
+        VQAv2Task().question_prior([], asked)
+
+
 # --- Results files ---------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +241,109 @@ def test_the_vqav2_vocabulary_holds_frequent_majority_answers(tmp_path: Path) ->
     assert VQAv2Task(min_occurrences=8).vocabulary(tmp_path) == ("blue", "red")
 
 
+def test_vqav2_answers_are_counted_after_normalisation(tmp_path: Path) -> None:
+    write_vqav2(tmp_path, "train2014", [["The red!"] * 10] * 5 + [["red"] * 10] * 4)
+    task = VQAv2Task()
+    assert task.vocabulary(tmp_path) == ("red",)
+    question = task.read(tmp_path, "train")[0]
+    assert question.answers == ("The red!",) * 10  # as they were given: scorers normalise by their own rules
+    assert task.target(question, {"red": 0}) == {0: 1.0}
+
+
+def test_the_vqav2_vocabulary_may_count_validation_too(tmp_path: Path) -> None:
+    write_vqav2(tmp_path, "train2014", [["red"] * 10] * 5)
+    write_vqav2(tmp_path, "val2014", [["red"] * 10] * 4 + [["blue"] * 10] * 9)
+    assert VQAv2Task().vocabulary(tmp_path) == ()
+    assert VQAv2Task(vocabulary_from="train_and_validation").vocabulary(tmp_path) == ("blue", "red")
+
+
+@pytest.mark.parametrize("task", [VQAv2Task, GQATask])
+def test_an_answer_vocabulary_may_be_given_in_the_order_of_its_labels(tmp_path: Path, task: Any) -> None:
+    (tmp_path / "answers.json").write_text(json.dumps(["", "red", "blue"]))
+    assert task(answer_vocabulary=tmp_path / "answers.json").vocabulary(tmp_path) == ("", "red", "blue")
+
+
+def test_a_vqav2_question_without_a_known_answer_stays_in_evaluation(tmp_path: Path) -> None:
+    write_vqav2(tmp_path, "val2014", [["red"] * 10, ["seldom"] * 10])
+    task = VQAv2Task()
+    questions = task.read(tmp_path, "validation")
+    assert task.target(questions[1], {"red": 0}) == {}
+    assert task.score(questions, {"0": "red", "1": "red"})["accuracy"] == 50
+
+
+def test_vqav2_test_splits_are_read_without_answers(tmp_path: Path) -> None:
+    for split in ("test2015", "test-dev2015"):
+        write_vqav2(tmp_path, split, [["?"] * 10] * 2)
+        (tmp_path / "vqav2" / f"v2_mscoco_{split}_annotations.json").unlink()
+    for name in ("test", "test_dev"):
+        questions = VQAv2Task().read(tmp_path, name)
+        assert [(q.answers, q.image_keys) for q in questions] == [((), ("COCO_test2015_000000000007",))] * 2
+    with pytest.raises(UserError, match=r"unknown split 'dev'\. Available: train, validation, test, test_dev"):
+        VQAv2Task().read(tmp_path, "dev")
+
+
+MINIVAL_LISTS: dict[str, list[Any]] = {
+    "question ids": [3000, 3001],
+    "LXMERT's rows": [{"question_id": 3000, "label": {}}, {"question_id": 3001}],
+    "image ids": [3],
+    "image names": [{"img_id": "COCO_val2014_000000000003"}],
+}
+
+
+@pytest.mark.parametrize("listed", MINIVAL_LISTS.values(), ids=MINIVAL_LISTS)
+def test_minival_moves_all_but_its_images_to_training(tmp_path: Path, listed: list[Any]) -> None:
+    write_images_of_two_questions(tmp_path, "train2014", range(1, 3))
+    write_images_of_two_questions(tmp_path, "val2014", range(3, 6))
+    (tmp_path / "minival.json").write_text(json.dumps(listed))
+    task = VQAv2Task(validation="minival", minival=tmp_path / "minival.json")
+    assert [question.id for question in task.read(tmp_path, "validation")] == ["3000", "3001"]
+    train = [question.id for question in task.read(tmp_path, "train")]
+    assert train == ["1000", "1001", "2000", "2001", "4000", "4001", "5000", "5001"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "problem"),
+    [
+        ([3000, 77], "77 is no question and no image of val2014"),
+        ([3, 4, 9], "9 is no question and no image of val2014"),
+        ([], "names no question"),
+        ([True], "entry 1 is no question id and no image id"),
+        ([3000, None], "entry 2 is no question id and no image id, but nothing"),
+        ({"ids": []}, "must be a list. Got an object"),
+    ],
+)
+def test_a_minival_list_of_strangers_is_refused(tmp_path: Path, listed: Any, problem: str) -> None:
+    write_images_of_two_questions(tmp_path, "val2014", range(3, 6))
+    (tmp_path / "minival.json").write_text(json.dumps(listed))
+    with pytest.raises(UserError, match=rf"minival\.json: {problem}"):
+        VQAv2Task(validation="minival", minival=tmp_path / "minival.json").read(tmp_path, "validation")
+
+
+def test_minival_without_a_list_holds_out_the_lowest_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images_of_two_questions(tmp_path, "train2014", range(1, 3))
+    write_images_of_two_questions(tmp_path, "val2014", range(3, 103))
+    task = VQAv2Task(validation="minival")
+    with pytest.raises(UserError, match=r"val2014 has 100 images here, and 5000 would be held out"):
+        task.read(tmp_path, "validation")
+    monkeypatch.setattr("vlm.tasks.vqav2.MINIVAL_IMAGES", 10)
+    held_out, trained = task.read(tmp_path, "validation"), task.read(tmp_path, "train")
+    assert len(held_out) == 20 and len({question.image_keys for question in held_out}) == 10
+    assert len(trained) == 4 + 180
+    assert {q.image_keys for q in held_out}.isdisjoint(q.image_keys for q in trained)
+    write_images_of_two_questions(tmp_path, "val2014", reversed(range(3, 103)))
+    assert {q.id for q in task.read(tmp_path, "validation")} == {q.id for q in held_out}
+
+
+def write_images_of_two_questions(root: Path, split: str, images: Iterable[int]) -> None:
+    ids = [(image, 1000 * image + number) for image in images for number in (0, 1)]
+    questions = [{"question_id": number, "image_id": image, "question": "what?"} for image, number in ids]
+    said = [{"question_id": number, "image_id": image, "answers": [{"answer": "red"}] * 10} for image, number in ids]
+    folder = root / "vqav2"
+    folder.mkdir(exist_ok=True)
+    (folder / f"v2_OpenEnded_mscoco_{split}_questions.json").write_text(json.dumps({"questions": questions}))
+    (folder / f"v2_mscoco_{split}_annotations.json").write_text(json.dumps({"annotations": said}))
+
+
 def test_vqav2_files_of_different_releases_are_refused(tmp_path: Path) -> None:
     write_vqav2(tmp_path, "train2014", [["red"] * 10] * 3)
     file = tmp_path / "vqav2" / "v2_mscoco_train2014_annotations.json"
@@ -247,7 +366,7 @@ def test_a_damaged_nlvr2_row_is_named(tmp_path: Path, line: str) -> None:
     good = json.dumps({"identifier": "dev-1-0-0", "sentence": "one dog", "label": "True"})
     (tmp_path / "nlvr2").mkdir()
     (tmp_path / "nlvr2" / "dev.json").write_text(f"{good}\n{line}\n")
-    with pytest.raises(UserError, match=r"dev\.json: line 2 is not an NLVR2 row"):
+    with pytest.raises(UserError, match=r"dev\.json: line 2 is not (an NLVR2 row|valid JSON)"):
         NLVR2Task().read(tmp_path, "validation")
 
 
@@ -257,7 +376,7 @@ def test_retrieval_reads_its_sets(tmp_path: Path) -> None:
     file.write_text(json.dumps([{"id": 1, "text": "a dog", "image_key": "dog"}]))
     assert RetrievalTask().read(tmp_path, "captions") == [Question("1", "a dog", ("dog",))]
     file.write_text(json.dumps([{"id": 1, "text": "a dog"}]))
-    with pytest.raises(UserError, match=r"captions\.json: not a list of rows"):
+    with pytest.raises(UserError, match=r"captions\.json: row 1: 'image_key' must be text"):
         RetrievalTask().read(tmp_path, "captions")
 
 

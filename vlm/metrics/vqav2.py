@@ -120,6 +120,11 @@ def _contractions() -> dict[str, str]:
 CONTRACTIONS = _contractions()
 
 
+def normalise_answer(text: str) -> str:
+    """An answer as the rule of 2021 compares it: stripped, then normalised."""
+    return normalised(stripped(text))
+
+
 @lru_cache(maxsize=1 << 17)
 def stripped(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()

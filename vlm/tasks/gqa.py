@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from vlm.tasks.task import Split, Task, mean_percent, predicted, read_json
+from vlm.tasks.official import OfficialFile, Row, entries
+from vlm.tasks.task import Task, mean_percent, predicted, read_texts, unique
 from vlm.types import Question
 
-SPLITS: dict[Split, str] = {"train": "train", "validation": "val", "test": "testdev"}
+IMAGE_ID = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 
 class GQATask(Task):
     """Cross-entropy over the answers of train and validation. Answers are compared exactly."""
 
-    type: Literal["gqa"] = "gqa"
+    splits: ClassVar[Mapping[str, str]] = {
+        "train": "train",
+        "validation": "val",
+        "test": "testdev",
+        "submission": "submission",
+    }
 
-    def read(self, root: Path, split: Split) -> list[Question]:
-        rows = read_json(root / "gqa" / f"{SPLITS[split]}_balanced_questions.json")
-        return [
-            Question(str(number), row["question"], (str(row["imageId"]),), (row["answer"],), row["types"]["structural"])
-            for number, row in rows.items()
-        ]
+    type: Literal["gqa"] = "gqa"
+    evaluation_split: Literal["train", "validation", "test", "submission"] = "test"
+    train_on: Literal["balanced", "all"] = "balanced"  # 943,000 or 14,305,356 questions
+    answer_vocabulary: Path | None = None  # a JSON list of answers in the order of their labels; None: built
+
+    def read(self, root: Path, split: str) -> list[Question]:
+        name = self.official_split(split)
+        kind = "all" if name == "submission" or (name == "train" and self.train_on == "all") else "balanced"
+        return self._read(root, name, kind)
 
     def vocabulary(self, root: Path) -> tuple[str, ...]:
-        questions = self.read(root, "train") + self.read(root, "validation")
+        """The answers of balanced train and validation, whatever is trained on."""
+        if self.answer_vocabulary is not None:
+            return read_texts(self.answer_vocabulary)
+        questions = self._read(root, "train", "balanced") + self._read(root, "val", "balanced")
         return tuple(sorted({answer for question in questions for answer in question.answers}))
 
     def target(self, question: Question, answer_ids: Mapping[str, int]) -> dict[int, float]:
@@ -37,7 +50,28 @@ class GQATask(Task):
         for question in questions:
             by_type[question.group].append(float(predicted(question, predictions) in question.answers))
         scores = {"accuracy": mean_percent([value for values in by_type.values() for value in values])}
-        return scores | {f"accuracy/{name}": mean_percent(values) for name, values in sorted(by_type.items())}
+        return scores | {f"accuracy/{name}": mean_percent(values) for name, values in sorted(by_type.items()) if name}
 
     def official(self, question: Question, answer: str) -> dict[str, Any]:
         return {"questionId": question.id, "prediction": answer}
+
+    def _read(self, root: Path, name: str, kind: str) -> list[Question]:
+        """The questions of one official file, or of its chunks."""
+        folder, stem = root / "gqa", f"{name}_{kind}_questions"
+        chunks = sorted((folder / stem).glob(f"{stem}_*.json"))
+        files = [OfficialFile.at(file) for file in chunks or [folder / f"{stem}.json"]]
+        labelled = name != "submission"
+        return unique((question for file in files for question in read_questions(file, labelled)), files[0])
+
+
+def read_questions(file: OfficialFile, labelled: bool = True) -> Iterator[Question]:
+    """The questions of a file, one at a time; those of the submission split carry no answer."""
+    for question_id, value in entries(file):
+        row = Row(file, f"question {question_id}", value)
+        image = row.get("imageId")
+        key = str(image) if isinstance(image, int) and not isinstance(image, bool) else row.text("imageId")
+        if not IMAGE_ID.fullmatch(key):
+            raise row.error(f"'imageId' must be letters, digits, '_' or '-'. Got {key[:40]!r}")
+        types = Row(file, f"{row.record}, types", {} if row.get("types") is None else row.get("types"))
+        answers = (row.text("answer"),) if labelled else ()
+        yield Question(question_id, row.text("question"), (key,), answers, types.text("structural", default=""))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from vlm.errors import UserError
 from vlm.metrics.submission import check_submission
-from vlm.tasks.task import Split, Task, mean_percent, predicted
+from vlm.tasks.official import OfficialFile, Row, lines
+from vlm.tasks.task import Task, mean_percent, predicted, unique
 from vlm.types import Question
 
-SPLITS: dict[Split, str] = {"train": "train", "validation": "dev", "test": "test1"}
+IDENTIFIER = re.compile(r"([A-Za-z0-9_]{1,40})-([0-9]{1,20})-([0-9]{1,20})-([0-9]{1,20})")
 
 
 class NLVR2Task(Task):
@@ -21,16 +21,14 @@ class NLVR2Task(Task):
 
     images_per_text: ClassVar[int] = 2
     ANSWERS: ClassVar[tuple[str, str]] = ("False", "True")
+    splits: ClassVar[Mapping[str, str]] = {"train": "train", "validation": "dev", "test": "test1", "test2": "test2"}
 
     type: Literal["nlvr2"] = "nlvr2"
+    evaluation_split: Literal["train", "validation", "test", "test2"] = "test"
 
-    def read(self, root: Path, split: Split) -> list[Question]:
-        file = root / "nlvr2" / f"{SPLITS[split]}.json"
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file. Prepare the task's data first") from None
-        return [self._question(file, number, line) for number, line in enumerate(lines, start=1)]
+    def read(self, root: Path, split: str) -> list[Question]:
+        file = OfficialFile.at(root / "nlvr2" / f"{self.official_split(split)}.json")
+        return unique(read_questions(file), file)
 
     def vocabulary(self, root: Path) -> tuple[str, ...]:
         return self.ANSWERS
@@ -51,12 +49,17 @@ class NLVR2Task(Task):
         check_submission(file, (question.id for question in questions), predictions, allowed=self.ANSWERS)
         file.write_text("".join(f"{question.id},{predictions[question.id]}\n" for question in questions))
 
-    @staticmethod
-    def _question(file: Path, number: int, line: str) -> Question:
-        try:
-            row = json.loads(line)
-            first, second, third, fourth = row["identifier"].split("-")
-            keys = tuple(f"{first}-{second}-{third}-img{image}" for image in (0, 1))
-            return Question(row["identifier"], row["sentence"], keys, (row["label"],), f"{first}-{second}-{fourth}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: line {number} is not an NLVR2 row ({type(error).__name__}: {error})") from None
+
+def read_questions(file: OfficialFile) -> Iterator[Question]:
+    """The statements of a file, one at a time."""
+    for number, value in lines(file):
+        row = Row(file, f"line {number} is not an NLVR2 row", value)
+        identifier, sentence, label = row.text("identifier"), row.text("sentence"), row.text("label")
+        parts = IDENTIFIER.fullmatch(identifier)
+        if parts is None:
+            raise row.error(f"'identifier' must be SPLIT-SET-PAIR-SENTENCE. Got {identifier[:60]!r}")
+        if label not in ("True", "False"):
+            raise row.error(f"'label' must be True or False. Got {label[:20]!r}")
+        split, image_set, pair, place = parts.groups()
+        keys = tuple(f"{split}-{image_set}-{pair}-img{image}" for image in (0, 1))
+        yield Question(identifier, sentence, keys, (label,), f"{split}-{image_set}-{place}")

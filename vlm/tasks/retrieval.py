@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from vlm.config import Config
-from vlm.errors import UserError
-from vlm.tasks.task import read_json
+from vlm.tasks.official import OfficialFile, Row, read_list
+from vlm.tasks.task import unique
 from vlm.types import Question
 
 
@@ -27,11 +27,14 @@ class RetrievalTask(Config):
     sets: tuple[str, ...] = Field(("captions",), min_length=1)
 
     def read(self, root: Path, name: str) -> list[Question]:
-        file = root / "retrieval" / f"{name}.json"
-        try:
-            return [Question(str(row["id"]), row["text"], (row["image_key"],)) for row in read_json(file)]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{file}: not a list of rows with id, text and image_key ({error})") from None
+        file = OfficialFile.at(root / "retrieval" / f"{name}.json")
+        return unique((_question(Row(file, f"row {n}", row)) for n, row in enumerate(read_list(file), 1)), file)
+
+
+def _question(row: Row) -> Question:
+    key = row.get("id")
+    number = str(key) if isinstance(key, int) and not isinstance(key, bool) else row.text("id")
+    return Question(number, row.text("text"), (row.text("image_key"),))
 
 
 Rank = tuple[int, int]

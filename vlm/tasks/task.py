@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -15,9 +15,10 @@ from vlm.config import Config
 from vlm.errors import UserError
 from vlm.metrics.submission import check_submission
 from vlm.supervision.sources import key_random
+from vlm.tasks.official import OfficialFile, kind_of, read_list
 from vlm.types import Question
 
-Split = Literal["train", "validation", "test"]
+MISSING_IMAGES = "missing_images.json"
 
 
 class Task(Config):
@@ -26,15 +27,19 @@ class Task(Config):
     images_per_text: ClassVar[int] = 1
     multi_label: ClassVar[bool] = False  # True: soft targets and binary cross-entropy
     headline: ClassVar[str] = "accuracy"  # the score that a curve shows
+    splits: ClassVar[Mapping[str, str]] = {}  # name here -> name in the official files
 
     type: str
     train_fraction: float = Field(1.0, gt=0, le=1)  # of the training questions, nested and random by id
-    evaluation_split: Split = "test"  # where the final scores come from
+    evaluation_split: str = "test"  # where the final scores come from
     question_only: bool = False  # True: every image is grey, in training too: the baseline that may not look
 
     @abstractmethod
-    def read(self, root: Path, split: Split) -> list[Question]:
-        """The questions of one split, in the order of the official file."""
+    def read(self, root: Path, split: str) -> list[Question]:
+        """The questions of one split, in the order of the official file.
+
+        A question whose answers are all outside the vocabulary is among them, and so is one whose image is missing.
+        """
 
     @abstractmethod
     def vocabulary(self, root: Path) -> tuple[str, ...]:
@@ -58,9 +63,16 @@ class Task(Config):
         entries = [self.official(question, predictions[question.id]) for question in questions]
         file.write_text(json.dumps(entries))
 
+    def official_split(self, split: str) -> str:
+        """What the official files call a split."""
+        if split not in self.splits:
+            raise UserError(f"{self.type}: unknown split {split!r}. Available: {', '.join(self.splits)}")
+        return self.splits[split]
+
     def train_questions(self, root: Path) -> list[Question]:
-        """The training split, or the chosen fraction of it."""
-        questions = self.read(root, "train")
+        """The training split, or the chosen fraction of it, without the questions whose image is missing."""
+        missing = read_missing_images(root / self.type)
+        questions = [question for question in self.read(root, "train") if missing.isdisjoint(question.image_keys)]
         if self.train_fraction == 1:
             return questions
         shuffled = sorted(questions, key=lambda question: key_random(question.id, "train_fraction").random())
@@ -69,31 +81,56 @@ class Task(Config):
     def question_prior(self, train: Sequence[Question], questions: Sequence[Question]) -> dict[str, str]:
         """The most frequent training answer to exactly this question, else to this question type, else of all.
 
+        Training questions without an answer do not count. The type is never one that tells of the answer (yes/no,
+        number), where the release has another.
+
         The best that can be done without a picture where questions repeat; a model cannot honestly be said to see
         until it beats this.
         """
         counts: dict[tuple[str, str], Counter[str]] = {}
         for question in train:
-            for level in (("text", question.text), ("group", question.group), ("all", "")):
+            for level in _levels(question):
                 counts.setdefault(level, Counter()).update(question.answers)
+        if not any(counts.values()):
+            raise UserError(f"{self.type}: no training question has an answer, so none is the most frequent")
+        best = {level: answers.most_common(1)[0][0] for level, answers in counts.items() if answers}
         return {
-            question.id: next(
-                counts[level].most_common(1)[0][0]
-                for level in (("text", question.text), ("group", question.group), ("all", ""))
-                if level in counts
-            )
-            for question in questions
+            question.id: next(best[level] for level in _levels(question) if level in best) for question in questions
         }
 
 
-def read_json(file: Path) -> Any:
-    """The content of an official file; one clear error if it is missing or broken."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file. Prepare the task's data first") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}). Download or prepare it again") from None
+def _levels(question: Question) -> tuple[tuple[str, str], ...]:
+    """What a question has in common with others, the closest first."""
+    return ("text", question.text), ("type", question.kind or question.group), ("all", "")
+
+
+def read_missing_images(folder: Path) -> frozenset[str]:
+    """The keys of the images that the release lacked when the task's folder was prepared."""
+    file = folder / MISSING_IMAGES
+    return frozenset(read_texts(file)) if file.is_file() else frozenset()
+
+
+def read_texts(path: Path) -> tuple[str, ...]:
+    """A JSON list of distinct texts, such as an answer vocabulary in the order of its labels."""
+    file = OfficialFile.at(path)
+    texts = read_list(file)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise file.error(f"entry {number} must be text. Got {kind_of(text)}")
+    repeated = next((text for text, count in Counter(texts).items() if count > 1), None)
+    if repeated is not None:
+        raise file.error(f"holds {repeated!r} twice")
+    return tuple(texts)
+
+
+def unique(questions: Iterable[Question], file: OfficialFile) -> list[Question]:
+    """The questions; an id that occurs twice is an error."""
+    by_id: dict[str, Question] = {}
+    for question in questions:
+        if question.id in by_id:
+            raise file.error(f"question {question.id} occurs twice")
+        by_id[question.id] = question
+    return list(by_id.values())
 
 
 def predicted(question: Question, predictions: Mapping[str, str]) -> str:

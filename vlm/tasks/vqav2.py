@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,38 +15,67 @@ from pydantic import PositiveInt
 
 from vlm.errors import UserError
 from vlm.metrics.vqav2 import official_accuracy, vqa_accuracy
-from vlm.tasks.task import Split, Task, mean_percent, predicted, read_json
+from vlm.supervision.sources import key_random
+from vlm.tasks.official import OfficialFile, Row, items, kind_of, read_list
+from vlm.tasks.task import Task, mean_percent, predicted, read_texts
 from vlm.types import Question
 
-SPLITS: dict[Split, str] = {"train": "train2014", "validation": "val2014", "test": "test2015"}
+MINIVAL_IMAGES = 5000  # as many as the published minival has
 
 
 class VQAv2Task(Task):
-    """Soft target of an answer: its VQA accuracy against the ten. Loss: binary cross-entropy times classes."""
+    """Soft target of an answer: its VQA accuracy against the ten. Loss: binary cross-entropy times classes.
+
+    With `validation=minival`, 5,000 images of val2014 are held out and the questions about all others train as well:
+    the split of LXMERT and its successors. Which images was published as a list, not as a rule, so `minival` names
+    that list: a file of question ids or image ids, or objects that hold one (`question_id`, `image_id`, `img_id`).
+    Without a list the images are those with the lowest hash, a rule of our own: its scores do not compare.
+    """
 
     multi_label: ClassVar[bool] = True
+    splits: ClassVar[Mapping[str, str]] = {
+        "train": "train2014",
+        "validation": "val2014",
+        "test": "test2015",
+        "test_dev": "test-dev2015",
+    }
 
     type: Literal["vqav2"] = "vqav2"
-    min_occurrences: PositiveInt = 9  # an answer enters the vocabulary if it is a training majority this often
+    evaluation_split: Literal["train", "validation", "test", "test_dev"] = "test"
+    validation: Literal["val2014", "minival"] = "val2014"
+    minival: Path | None = None  # a list of ids, where validation is "minival"
+    answer_vocabulary: Path | None = None  # a JSON list of answers in the order of their labels; None: built
+    vocabulary_from: Literal["train", "train_and_validation"] = "train"
+    min_occurrences: PositiveInt = 9  # an answer enters the vocabulary if it is a majority this often
 
-    def read(self, root: Path, split: Split) -> list[Question]:
-        folder, name = root / "vqav2", SPLITS[split]
-        questions = read_json(folder / f"v2_OpenEnded_mscoco_{name}_questions.json")["questions"]
-        annotations = folder / f"v2_mscoco_{name}_annotations.json"
-        rows = {row["question_id"]: row for row in read_json(annotations)["annotations"]}
-        missing = next((row["question_id"] for row in questions if row["question_id"] not in rows), None)
-        if missing is not None:
-            raise UserError(f"{annotations}: question {missing} has no annotation; the two files are of other releases")
-        return [self._question(row, rows[row["question_id"]], name) for row in questions]
+    def read(self, root: Path, split: str) -> list[Question]:
+        if self.validation == "minival" and split in ("train", "validation"):
+            held_out = self._release_split(root, "validation")
+            chosen = self._minival(held_out, root)
+            if split == "validation":
+                return [question for question in held_out if question.id in chosen]
+            return self._release_split(root, "train") + [q for q in held_out if q.id not in chosen]
+        return self._release_split(root, split)
 
     def vocabulary(self, root: Path) -> tuple[str, ...]:
-        counts = Counter(Counter(question.answers).most_common(1)[0][0] for question in self.read(root, "train"))
+        """Answers after the official normalisation, as the field counts them.
+
+        Source: the `multiple_choice_answer` of each question, at least 9 times; arXiv 1708.02711, section 3.1.
+        """
+        if self.answer_vocabulary is not None:
+            return read_texts(self.answer_vocabulary)
+        splits = ("train", "validation") if self.vocabulary_from == "train_and_validation" else ("train",)
+        counts: Counter[str] = Counter()
+        for split in splits:
+            file = OfficialFile.at(root / "vqav2" / annotations_name(self.official_split(split)))
+            counts.update(normalised(annotation.majority) for annotation in read_annotations(file))
         return tuple(sorted(answer for answer, count in counts.items() if count >= self.min_occurrences))
 
     def target(self, question: Question, answer_ids: Mapping[str, int]) -> dict[int, float]:
+        answers = [normalised(answer) for answer in question.answers]
         return {
-            answer_ids[answer]: vqa_accuracy(answer, question.answers)
-            for answer in set(question.answers)
+            answer_ids[answer]: vqa_accuracy(answer, answers)
+            for answer in dict.fromkeys(answers)
             if answer in answer_ids
         }
 
@@ -56,8 +89,144 @@ class VQAv2Task(Task):
     def official(self, question: Question, answer: str) -> dict[str, Any]:
         return {"question_id": int(question.id), "answer": answer}
 
-    @staticmethod
-    def _question(row: dict[str, Any], annotation: dict[str, Any], split: str) -> Question:
-        key = f"COCO_{split}_{row['image_id']:012d}"
-        answers = tuple(answer["answer"] for answer in annotation["answers"])
-        return Question(str(row["question_id"]), row["question"], (key,), answers, annotation.get("answer_type", ""))
+    def _release_split(self, root: Path, split: str) -> list[Question]:
+        """All questions of an official split; the test splits come without annotations."""
+        name = self.official_split(split)
+        questions = OfficialFile.at(root / "vqav2" / questions_name(name))
+        annotations = root / "vqav2" / annotations_name(name)
+        if name.startswith("test") and not annotations.is_file():
+            return list(read_questions(questions, None))
+        return list(read_questions(questions, OfficialFile.at(annotations)))
+
+    def _minival(self, held_out: Sequence[Question], root: Path) -> set[str]:
+        """The ids of the questions of val2014 that validate."""
+        if self.minival is not None:
+            return read_minival(OfficialFile.at(self.minival), held_out)
+        images = sorted(
+            {question.image_keys[0] for question in held_out}, key=lambda k: key_random(k, "minival").random()
+        )
+        if len(images) <= MINIVAL_IMAGES:
+            raise UserError(
+                f"{root / 'vqav2'}: val2014 has {len(images)} images here, and {MINIVAL_IMAGES} would be held out. "
+                "Name the held-out ids with task.minival"
+            )
+        chosen = set(images[:MINIVAL_IMAGES])
+        return {question.id for question in held_out if question.image_keys[0] in chosen}
+
+
+def questions_name(split: str) -> str:
+    return f"v2_OpenEnded_mscoco_{split}_questions.json"
+
+
+def annotations_name(split: str) -> str:
+    return f"v2_mscoco_{split}_annotations.json"
+
+
+def image_key(split: str, image_id: int) -> str:
+    """The name of a COCO image without its ending; test-dev2015 asks about images of test2015."""
+    return f"COCO_{'test2015' if split == 'test-dev2015' else split}_{image_id:012d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """What the annotators said of one question."""
+
+    question_id: int
+    image_id: int | None  # None where the file does not say
+    answers: tuple[str, ...]
+    majority: str
+    answer_type: str
+    question_type: str
+
+
+def read_annotations(file: OfficialFile) -> Iterator[Annotation]:
+    """The annotations of a file, one at a time."""
+    for number, value in items(file, "annotations"):
+        row = Row(file, f"annotation {number}", value)
+        question_id = row.number("question_id", below=10**15)
+        row = Row(file, f"question {question_id}", value)
+        answers = []
+        for place, entry in enumerate(row.list("answers"), start=1):
+            answer = entry.get("answer") if isinstance(entry, dict) else None
+            if not isinstance(answer, str) or not answer.isascii():  # of ten answers a question, few need a closer look
+                answer = Row(file, f"question {question_id}, answer {place}", entry).text("answer")
+            answers.append(sys.intern(answer))
+        if not answers:
+            raise row.error("has no answer")
+        yield Annotation(
+            question_id,
+            row.number("image_id", below=10**12) if row.get("image_id") is not None else None,
+            tuple(answers),
+            row.text("multiple_choice_answer", default="") or Counter(answers).most_common(1)[0][0],
+            row.text("answer_type", default=""),
+            row.text("question_type", default=""),
+        )
+
+
+def read_questions(file: OfficialFile, annotations: OfficialFile | None) -> Iterator[Question]:
+    """The questions of a file joined to their annotations, which must be exactly theirs."""
+    known: dict[int, Annotation] = {}
+    for annotation in read_annotations(annotations) if annotations is not None else ():
+        if annotation.question_id in known:
+            raise annotations.error(f"question {annotation.question_id} is annotated twice")  # type: ignore[union-attr]
+        known[annotation.question_id] = annotation
+    seen: set[int] = set()
+    split = _split_of(file)
+    for number, value in items(file, "questions"):
+        row = Row(file, f"question number {number}", value)
+        question_id = row.number("question_id", below=10**15)
+        row = Row(file, f"question {question_id}", value)
+        if question_id in seen:
+            raise row.error("occurs twice")
+        seen.add(question_id)
+        image_id, text = row.number("image_id", below=10**12), row.text("question")
+        keys = (image_key(split, image_id),)
+        if annotations is None:
+            yield Question(str(question_id), text, keys)
+            continue
+        if question_id not in known:
+            raise annotations.error(f"question {question_id} has no annotation; the two files are of other releases")
+        found = known[question_id]
+        if found.image_id not in (None, image_id):
+            raise annotations.error(f"question {question_id} is about image {found.image_id}, not {image_id}")
+        yield Question(str(question_id), text, keys, found.answers, found.answer_type, found.question_type)
+    stranger = next((question_id for question_id in known if question_id not in seen), None)
+    if annotations is not None and stranger is not None:
+        raise annotations.error(f"question {stranger} is annotated, but not asked; the two files are of other releases")
+
+
+def read_minival(file: OfficialFile, held_out: Sequence[Question]) -> set[str]:
+    """The ids of the held-out questions that a list names, by question or by image. Every id must be known."""
+    listed: set[int] = set()
+    for number, entry in enumerate(read_list(file), start=1):
+        if isinstance(entry, dict):
+            entry = next((entry[name] for name in ("question_id", "image_id", "img_id") if name in entry), None)
+        text = str(entry).rpartition("_")[2]  # COCO_val2014_000000000042
+        if isinstance(entry, bool) or not isinstance(entry, int | str) or not re.fullmatch("[0-9]{1,18}", text):
+            raise file.error(f"entry {number} is no question id and no image id, but {kind_of(entry)}")
+        listed.add(int(text))
+    if not listed:
+        raise file.error("names no question")
+    by_image: defaultdict[int, set[str]] = defaultdict(set)
+    for question in held_out:
+        by_image[int(question.image_keys[0].rpartition("_")[2])].add(question.id)
+    ids = {int(question.id) for question in held_out}
+    if listed <= ids:
+        return {str(number) for number in listed}
+    if listed <= by_image.keys():
+        return {question_id for number in listed for question_id in by_image[number]}
+    unknown = min(listed - ids, key=lambda number: (number in by_image, number))
+    raise file.error(f"{unknown} is no question and no image of val2014 here")
+
+
+def _split_of(file: OfficialFile) -> str:
+    """The split that a questions file is named after."""
+    return next(name for name in VQAv2Task.splits.values() if file.name.endswith(questions_name(name)))
+
+
+@lru_cache(maxsize=1 << 20)
+def normalised(answer: str) -> str:
+    """An answer as the official script compares it."""
+    from vlm.metrics.vqav2 import normalise_answer
+
+    return normalise_answer(answer)
