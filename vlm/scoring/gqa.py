@@ -89,7 +89,7 @@ def read_choices(path: Path, questions: Mapping[str, Question]) -> dict[str, Cho
         if _key(record) in questions:
             valid, plausible = (record.list_of(name, str, "texts") for name in ("valid", "plausible"))
             choices[_key(record)] = Choices(as_set(valid), as_set(plausible))
-    _require(path, questions, choices, "choices")
+    _require(path, questions, choices, "choices for")
     return choices
 
 
@@ -100,7 +100,7 @@ def read_grounding(attentions: Path, scenes: Path, questions: Mapping[str, Quest
     file, or a list of boxes [x0, y0, x1, y1, attention] in fractions of the image. Where all are 5 by 5 they are maps.
     """
     maps = {key: value for key, value in _read_attentions(attentions).items() if key in questions}
-    _require(attentions, questions, maps, "attention")
+    _require(attentions, questions, maps, "attention for")
     regions = _read_regions(scenes, questions)
     sizes = {value.shape for value in maps.values()}
     if len(sizes) == 1 and len(set(next(iter(sizes)))) == 1:
