@@ -74,7 +74,10 @@ class Preparation:
             shown = bar.add_task(target.name, total=entry.size / 10**6)
             while chunk := source.read(1 << 20):
                 digest.update(chunk)
-                copy.write(chunk)
+                try:
+                    copy.write(chunk)
+                except OSError as error:  # not the source's fault
+                    raise UserError(f"{target}: cannot be written ({error.strerror})") from None
                 bar.advance(shown, len(chunk) / 10**6)
         source_name = self.release.relative(entry.path) + (f": {entry.member}" if entry.member else "")
         self.report.files[to] = source_name
@@ -250,8 +253,10 @@ def preparation(task: str, options: Options, licences: dict[str, str]) -> Iterat
                 os.replace(target, former)
             os.replace(partial, target)
             shutil.rmtree(former, ignore_errors=True)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):  # the release's own faults are named as such before
+                raise UserError(f"{target}: cannot be written ({error})") from None
             raise
     work.report.show(console)
     console.print(f"prepared {target} (the whole report: {target / REPORT})", soft_wrap=True)

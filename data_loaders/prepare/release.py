@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import struct
 import zipfile
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -14,7 +15,7 @@ from types import TracebackType
 from typing import cast
 
 from vlm.errors import UserError
-from vlm.tasks.official import OfficialFile
+from vlm.tasks.official import READING_ERRORS, OfficialFile
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 REMEDY = "Download it again"
@@ -92,9 +93,12 @@ class Release:
         return found
 
     def open(self, entry: Entry) -> io.BufferedIOBase:
-        if entry.member:
+        if not entry.member:
+            return open(entry.path, "rb")
+        try:
             return cast(zipfile.ZipExtFile, self._zips[entry.path].open(entry.member))
-        return open(entry.path, "rb")
+        except (ValueError, OverflowError, struct.error) as error:  # a directory that points nowhere
+            raise zipfile.BadZipFile(str(error)) from None
 
     def only(self, entries: list[Entry]) -> Entry:
         """The one file among copies of it; copies that differ are an error."""
@@ -124,13 +128,13 @@ class Release:
     def _add_zip(self, path: Path) -> None:
         try:
             archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        except (*READING_ERRORS, ValueError, OverflowError, struct.error) as error:
             raise UserError(f"{path}: not a zip that can be read ({error}). {REMEDY}, or move it away") from None
         self._zips[str(path)] = archive
         for member in archive.infolist():
             if _escapes(member.filename):
                 raise UserError(f"{path}: member {member.filename!r} lies outside the archive. The file is not used")
-            if not member.is_dir():
+            if not member.filename.endswith("/"):
                 name = PurePosixPath(member.filename).name
                 self._by_name[name].append(Entry(member.filename, str(path), member.file_size))
 
@@ -149,5 +153,11 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _escapes(member: str) -> bool:
-    """Whether a member's name points outside the folder that the zip would be unpacked into."""
-    return member.startswith("/") or "\\" in member or ":" in member[:2] or ".." in PurePosixPath(member).parts
+    """Whether a member's name points outside the folder that the zip would be unpacked into, or nowhere."""
+    return (
+        not member
+        or member.startswith("/")
+        or "\\" in member
+        or ":" in member[:2]
+        or ".." in PurePosixPath(member).parts
+    )

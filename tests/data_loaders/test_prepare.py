@@ -342,6 +342,16 @@ def test_a_folder_that_was_not_prepared_is_never_replaced(tmp_path: Path) -> Non
     assert len([file for file in source.rglob("*") if file.is_file()]) == len(files)
 
 
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("data_loaders.shards.save_file", full)
+    with pytest.raises(UserError, match=r"root/vqav2: cannot be written \(.*No space left on device"):
+        prepare_vqav2(VQAv2PreparerConfig(), options(write(tmp_path / "files", vqav2_files()), tmp_path / "root"))
+    assert list((tmp_path / "root").iterdir()) == []
+
+
 def test_a_prepared_folder_is_replaced_and_its_neighbours_stay(tmp_path: Path) -> None:
     source = write(tmp_path / "files", vqav2_files())
     (tmp_path / "root" / "gqa").mkdir(parents=True)
@@ -437,6 +447,38 @@ def test_a_release_with_any_damaged_file_is_prepared_or_named(tmp_path: Path, ta
         report = report_of(tmp_path / "root", task)
         if name.endswith((".jpg", ".png")):
             assert set(report["unreadable"]) <= {Path(name).stem}
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_a_zip_with_damaged_bytes_is_prepared_or_named(tmp_path: Path, data: st.DataObject) -> None:
+    """What comes through is what was put in: a zip has a checksum of each member."""
+    files = nlvr2_files()
+    for name in ("zips", "root"):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+    archive = zipped(tmp_path / "zips", files) / "release.zip"
+    content = bytearray(archive.read_bytes())
+    start = content.index(b"PK\x01\x02") if data.draw(st.booleans()) else 0  # the directory, or anywhere
+    for at in data.draw(st.lists(st.integers(start, len(content) - 1), min_size=1, max_size=4)):
+        content[at] = data.draw(st.integers(0, 255))
+    archive.write_bytes(content)
+    try:
+        prepare_nlvr2(NLVR2PreparerConfig(), options(tmp_path / "zips", tmp_path / "root", 1.0))
+    except UserError as error:
+        assert "release.zip" in str(error) or "is here" in str(error) or "is not in" in str(error)
+    else:
+        originals = {Path(name).stem: content for name, content in files.items()}
+        reader = ShardReader(open_index(tmp_path / "root" / "nlvr2" / "images"))
+        assert all(record.image == originals[record.key] for record in reader)
+        for split in ("train", "dev"):
+            copy = tmp_path / "root" / "nlvr2" / f"{split}.json"
+            assert not copy.exists() or copy.read_text() == originals[split]
 
 
 def test_a_clone_of_the_authors_repository_is_a_release(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class VQAv2Task(Task):
     def vocabulary(self, root: Path) -> tuple[str, ...]:
         """Answers after the official normalisation, as the field counts them.
 
-        Source: the `multiple_choice_answer` of each question, at least 9 times; arXiv 1708.02711, section 3.1.
+        Source: the `multiple_choice_answer` of each question, at least 9 times; arXiv 1708.02711.
         """
         if self.answer_vocabulary is not None:
             return read_texts(self.answer_vocabulary)
