@@ -16,19 +16,25 @@ from torch import Tensor
 from data_loaders.images import DecodedImages, Images, MeanImages, ShuffledImages, derangement
 from data_loaders.loader import evaluation_loader
 from data_loaders.shards import ShardReader, open_index, ring_hash
-from vlm.config import load_yaml
+from vlm.config import apply_overrides, fingerprint, load_yaml
 from vlm.errors import UserError
 from vlm.metrics.submission import merge_predictions
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.run import (
+    BEST,
     CONFIG,
+    LAST,
+    TOKENIZER,
     RunConfig,
+    build_model,
     image_transform,
     load_component,
     question_batches,
     read_checkpoint,
     task_images,
+    without_weights,
+    write_atomically,
 )
 from vlm.tasks.retrieval import Rank, RetrievalTask, retrieval_scores
 from vlm.tasks.task import Task, read_missing_images
@@ -200,22 +206,23 @@ def match_matrix(
 def evaluate_run(folder: Path, overrides: Sequence[str] = (), baseline: Baseline | None = None) -> dict[str, float]:
     """Score a fine-tuned run again from its checkpoint, on the split that its config or `overrides` name.
 
+    The folder is all it takes: the runs it started from may be gone, and the answers are those it was trained with.
     Scores go to `scores-TASK-SPLIT[-BASELINE].json` in the run's folder; its `result.json` stays as it is.
     """
-    from vlm.config import apply_overrides, fingerprint, load_yaml
-    from vlm.run import CONFIG, build_finetuning, build_model, build_tokenizer, write_atomically
-    from vlm.run import RunConfig as Run
-
-    config = apply_overrides(load_yaml(folder / CONFIG, Run), overrides).model_copy(update={"folder": folder})
+    config = apply_overrides(load_yaml(folder / CONFIG, RunConfig), overrides).model_copy(update={"folder": folder})
     task = config.task
     if task is None:
         raise UserError(f"{folder}: is a pretraining, which has no task to be scored on")
     root = config.data.prepare()
-    tokenizer, model = build_tokenizer(config, root), build_model(config)
+    tokenizer = Tokenizer.from_file(folder / TOKENIZER, config.model.language.max_tokens)
     if isinstance(task, RetrievalTask):
-        scores = evaluate_retrieval(config, root, model, tokenizer, baseline)
+        scores = evaluate_retrieval(config, root, build_model(config), tokenizer, baseline)
     else:
-        module, _, _ = build_finetuning(config, root, model, tokenizer)
+        assert isinstance(task, Task)
+        answers = read_checkpoint(folder)["answers"]
+        model = without_weights(config.model).build()
+        options, seed = config.optimizer, config.seed
+        module = Finetuning(model, answers, task.images_per_text, task.multi_label, options, num_steps=0, seed=seed)
         scores = evaluate_answers(config, root, module, tokenizer, baseline)
     content = {"fingerprint": fingerprint(config), "baseline": baseline, "scores": scores}
     write_atomically(folder / f"scores-{_name_of(cast(Task, task), baseline)}.json", json.dumps(content, indent=1))
@@ -224,8 +231,6 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = (), baseline: Baseline
 
 def _load_selected(module: TrainingModule, config: RunConfig) -> None:
     """The weights of the best checkpoint, if the run keeps one, else of the last."""
-    from vlm.run import BEST, LAST
-
     chosen = BEST if config.trainer.select == "best" and (config.run_folder / BEST).is_file() else LAST
     module.load_state_dict(read_checkpoint(config.run_folder, chosen)["state_dict"])
 
