@@ -33,6 +33,7 @@ from vlm.run import (
     question_batches,
     read_checkpoint,
     task_images,
+    task_of,
     without_weights,
     write_atomically,
 )
@@ -58,7 +59,7 @@ def evaluate_answers(
     answers to the same questions would score, without a picture. A split whose answers its authors keep has no
     scores. Under DDP the ranks share the questions. With a `baseline` everything is the same but what it takes away.
     """
-    task = cast(Task, config.task)
+    task = cast(Task, task_of(config))
     questions = task.read(root, task.evaluation_split)
     if baseline == "most_frequent":
         predictions = task.question_prior(task.train_questions(root), questions)
@@ -83,7 +84,7 @@ def _answer(
     baseline: Baseline | None,
 ) -> dict[str, str]:
     """The selected checkpoint's answers, gathered from all ranks."""
-    task = cast(Task, config.task)
+    task = cast(Task, task_of(config))
     assert isinstance(module, Finetuning)
     _load_selected(module, config)
     transform = image_transform(config, module.model, training=False)
@@ -138,7 +139,7 @@ def evaluate_retrieval(
     baseline: Baseline | None = None,
 ) -> dict[str, float]:
     """Rank all images for each text and all texts for each image by the matching head of `start_from`."""
-    task = cast(RetrievalTask, config.task)
+    task = cast(RetrievalTask, task_of(config))
     if baseline == "most_frequent":
         raise UserError(
             "task=retrieval: has no answers, so none is the most frequent; compare with its scores of chance"
@@ -210,7 +211,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = (), baseline: Baseline
     Scores go to `scores-TASK-SPLIT[-BASELINE].json` in the run's folder; its `result.json` stays as it is.
     """
     config = apply_overrides(load_yaml(folder / CONFIG, RunConfig), overrides).model_copy(update={"folder": folder})
-    task = config.task
+    task = task_of(config)
     if task is None:
         raise UserError(f"{folder}: is a pretraining, which has no task to be scored on")
     root = config.data.prepare()
@@ -225,7 +226,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = (), baseline: Baseline
         module = Finetuning(model, answers, task.images_per_text, task.multi_label, options, num_steps=0, seed=seed)
         scores = evaluate_answers(config, root, module, tokenizer, baseline)
     content = {"fingerprint": fingerprint(config), "baseline": baseline, "scores": scores}
-    write_atomically(folder / f"scores-{_name_of(cast(Task, task), baseline)}.json", json.dumps(content, indent=1))
+    write_atomically(folder / f"scores-{_name_of(task, baseline)}.json", json.dumps(content, indent=1))
     return scores
 
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from data_loaders.transforms import ImageTransform
 from vlm.config import CustomConfig, load_yaml
 from vlm.errors import UserError
-from vlm.models import ModelConfig
 from vlm.models.heads import AnswerHead
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.models.vision_language import VisionLanguageModel
-from vlm.run import CONFIG, TOKENIZER, RunConfig, fill, image_transform, read_checkpoint, without_weights
+from vlm.run import CONFIG, TOKENIZER, RunConfig, fill, image_transform, read_checkpoint, task_of, without_weights
 from vlm.training.finetuning import answer_logits
 from vlm.types import Batch, Encoded, View
 
@@ -63,7 +62,7 @@ class LoadedModel:
         """
         if self.head is None:
             raise UserError(f"run {self.config.name!r} was not fine-tuned on a task with answers; load one that was")
-        task: Any = self.config.task
+        task: Any = task_of(self.config)
         groups = [[item] if task.images_per_text == 1 else list(cast(Sequence[Picture], item)) for item in images]
         if len(groups) != len(questions) or any(len(group) != task.images_per_text for group in groups):
             raise ValueError(f"each of the {len(questions)} questions needs {task.images_per_text} image(s)")
@@ -111,10 +110,10 @@ def _picture(image: Picture) -> tuple[Image.Image | bytes, str]:
         raise UserError(f"{image}: cannot be read ({error.strerror})") from None
 
 
-def _code_of(config: ModelConfig) -> str | None:
-    """The first class from outside that building this model would call."""
-    parts = (getattr(config, name) for name in type(config).model_fields)
-    return next((part.target for part in parts if isinstance(part, CustomConfig)), None)
+def _code_of(config: RunConfig) -> str | None:
+    """The first class from outside that the model or its task would call."""
+    parts = [getattr(config.model, name) for name in type(config.model).model_fields]
+    return next((part.target for part in [*parts, config.task] if isinstance(part, CustomConfig)), None)
 
 
 def load(run_or_checkpoint: str | Path, trust_code: bool = False) -> LoadedModel:
@@ -128,10 +127,8 @@ def load(run_or_checkpoint: str | Path, trust_code: bool = False) -> LoadedModel
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no run here ({CONFIG} is missing)")
     config = load_yaml(folder / CONFIG, RunConfig)
-    if not trust_code and (target := _code_of(config.model)):
-        raise UserError(
-            f"{folder}: its model runs outside code ({target}). If you trust it: load(..., trust_code=True)"
-        )
+    if not trust_code and (target := _code_of(config)):
+        raise UserError(f"{folder}: it runs outside code ({target}). If you trust it: load(..., trust_code=True)")
     checkpoint = read_checkpoint(folder, name)
     states: dict[str, Tensor] = checkpoint["state_dict"]
     model = without_weights(config.model).build()
@@ -140,7 +137,7 @@ def load(run_or_checkpoint: str | Path, trust_code: bool = False) -> LoadedModel
     answers = tuple(checkpoint.get("answers", ()))
     head = None
     if answers:
-        task: Any = config.task
+        task: Any = task_of(config)
         head = AnswerHead(task.images_per_text * 2 * model.width, len(answers))
         fill(head, states, "head", folder)
         head.eval()

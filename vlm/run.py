@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from data_loaders.transforms import ImageTransform
     from vlm.models.language.tokenizer import Tokenizer
     from vlm.models.vision_language import VisionLanguageModel
+    from vlm.tasks.retrieval import RetrievalTask
+    from vlm.tasks.task import Task
     from vlm.training.module import TrainingModule
 
 CONFIG, RESULT, TOKENIZER = "config.yaml", "result.json", "tokenizer.json"
@@ -301,6 +303,19 @@ def _first(config: RunConfig, items: Any) -> Any:
     return items[: config.trainer.validation_examples]
 
 
+def task_of(config: RunConfig) -> Task | RetrievalTask | None:
+    """The run's task; one from outside (`type: custom`) is built from the class that it names."""
+    from vlm.tasks.retrieval import RetrievalTask
+    from vlm.tasks.task import Task
+
+    if not isinstance(config.task, CustomConfig):
+        return config.task
+    task = config.task.build()
+    if not isinstance(task, Task | RetrievalTask):
+        raise UserError(f"task.target: {config.task.target} is no vlm.tasks.task.Task. Got {type(task).__name__}")
+    return task
+
+
 def build_finetuning(
     config: RunConfig, root: Path, model: VisionLanguageModel, tokenizer: Tokenizer
 ) -> tuple[TrainingModule, BatchSource, BatchSource]:
@@ -308,7 +323,7 @@ def build_finetuning(
     from vlm.tasks.task import Task
     from vlm.training.finetuning import Finetuning
 
-    task = config.task
+    task = task_of(config)
     assert isinstance(task, Task)
     answers = task.vocabulary(root)
     answer_ids = {answer: number for number, answer in enumerate(answers)}
@@ -371,13 +386,13 @@ def encode_frozen_images(config: RunConfig, model: VisionLanguageModel, source: 
     import torch
     from rich.progress import track
 
-    from data_loaders.images import EncodedImages
+    from data_loaders.images import EncodedImages, GreyImages
 
     options = config.trainer
     if "vision" not in model.frozen or config.data.augmentation != "none" or not hasattr(source, "image_keys"):
         return
     keys = source.image_keys()
-    images_per_text = getattr(config.task, "images_per_text", 1)
+    images_per_text = getattr(task_of(config), "images_per_text", 1)
     if num_steps * options.batch_size * images_per_text < 2 * len(keys):
         return
     on_gpu = torch.cuda.is_available() and options.accelerator != "cpu"
@@ -387,12 +402,14 @@ def encode_frozen_images(config: RunConfig, model: VisionLanguageModel, source: 
     with torch.no_grad():
         encoded = EncodedImages.encode(
             source.images,
-            keys,
+            keys[:1] if isinstance(source.images, GreyImages) else keys,
             lambda pixels: model.encode_image(pixels.to(device)),
             limit,
             shown=partial(track, description="encoding images", disable=not options.progress),
         )
     if encoded is not None:
+        if isinstance(source.images, GreyImages):
+            encoded.rows = dict.fromkeys(keys, 0)
         source.images = encoded
 
 
@@ -419,7 +436,7 @@ def train(config: RunConfig) -> Path:
     tokenizer = build_tokenizer(config, root)
     tokenizer.save(folder / TOKENIZER)
     model = build_model(config)
-    if config.task is not None and config.task.type == "retrieval":
+    if getattr(task_of(config), "type", None) == "retrieval":
         module: TrainingModule | None = None
         fit: dict[str, Any] = {"steps": 0, "checkpoint": None}
     else:

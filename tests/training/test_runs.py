@@ -132,6 +132,15 @@ def test_gradients_are_clipped_under_mixed_precision_too(make_config: MakeConfig
     assert (train(make_config("pretrain", *options)) / RESULT).is_file()
 
 
+def test_a_task_from_outside_is_trained_and_scored(make_config: MakeConfig) -> None:
+    """GQA's own class under the name of a stranger's."""
+    outside = "{type: custom, target: 'vlm.tasks.gqa:GQATask', options: {train_fraction: 0.5}}"
+    folder = train(make_config("finetune", f"task={outside}", "trainer.samples=32"))
+    assert "accuracy" in json.loads((folder / RESULT).read_text())["scores"]
+    with pytest.raises(UserError, match=r"is no vlm\.tasks\.task\.Task\. Got Fraction"):
+        train(make_config("finetune", "task={type: custom, target: 'fractions:Fraction'}", folder="other"))
+
+
 def test_a_folder_holds_one_run(make_config: MakeConfig) -> None:
     train(make_config("pretrain", "trainer.samples=16"))
     with pytest.raises(UserError, match="Choose another folder"):
