@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from vlm.tasks.task import Task
     from vlm.training.module import TrainingModule
 
-CONFIG, RESULT, TOKENIZER = "config.yaml", "result.json", "tokenizer.json"
+CONFIG, INPUTS, RESULT, TOKENIZER = "config.yaml", "inputs.json", "result.json", "tokenizer.json"
 LAST, BEST = "last.ckpt", "best.ckpt"
 
 
@@ -433,6 +434,7 @@ def train(config: RunConfig) -> Path:
     except OSError as error:
         raise UserError(f"folder: {folder} cannot be made ({error.strerror})") from None
     _write_once(folder / CONFIG, dump_yaml(config))
+    _refuse_other_inputs(folder, _inputs(config, root))
     tokenizer = build_tokenizer(config, root)
     tokenizer.save(folder / TOKENIZER)
     model = build_model(config)
@@ -462,6 +464,30 @@ def _refuse_another_run(config: RunConfig, folder: Path) -> None:
     there, here = fingerprint(load_yaml(folder / CONFIG, RunConfig)), fingerprint(config)
     if there != here:
         raise UserError(f"folder: {folder} holds the run {there}, and this one is {here}. Choose another folder")
+
+
+def _inputs(config: RunConfig, root: Path) -> dict[str, str]:
+    """What a run learns from beside its config: a fingerprint of each shard folder or text file that it may read."""
+    from data_loaders.shards import open_index
+
+    if config.task is not None:
+        names = [f"{config.task.type}/images"]
+    elif config.data.part == "texts":
+        text = (root / "texts" / "train.txt").read_bytes()
+        return {"texts/train.txt": hashlib.sha256(text).hexdigest()[:12]}
+    else:
+        folder = "pairs" if config.data.part == "pairs" else "unimodal"
+        names = [f"{folder}/train", f"{folder}/validation"]
+    return {name: open_index(root / name).fingerprint for name in names if (root / name).is_dir()}
+
+
+def _refuse_other_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """A run that is resumed on other data would end as neither of the two."""
+    _write_once(folder / INPUTS, json.dumps(inputs, indent=1))
+    began = json.loads((folder / INPUTS).read_text())
+    if began != inputs:
+        name = next(iter(name for name in {**began, **inputs} if began.get(name) != inputs.get(name)))
+        raise UserError(f"{folder}: this run began on other data ({name}). Start it anew in another folder")
 
 
 def resume(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vlm
+from data_loaders import FolderData
 from vlm.config import dump_yaml
 from vlm.errors import UserError
 from vlm.run import BEST, CONFIG, LAST, RESULT, RunConfig, read_checkpoint, train
@@ -130,6 +132,18 @@ def test_ranks_meet_where_a_part_of_the_model_is_not_used(make_config: MakeConfi
 def test_gradients_are_clipped_under_mixed_precision_too(make_config: MakeConfig) -> None:
     options = ("trainer.samples=32", "trainer.precision=bf16-mixed", "optimizer.clip_norm=1")
     assert (train(make_config("pretrain", *options)) / RESULT).is_file()
+
+
+def test_a_run_is_not_resumed_on_other_data(make_config: MakeConfig, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    config = make_config("pretrain", "trainer.samples=16")
+    shutil.copytree(config.data.prepare(progress=False), root)
+    config = config.model_copy(update={"data": FolderData(root=root)})
+    (train(config) / RESULT).unlink()
+    shutil.rmtree(root / "pairs" / "train")
+    shutil.copytree(root / "pairs" / "validation", root / "pairs" / "train")
+    with pytest.raises(UserError, match=r"began on other data \(pairs/train\)"):
+        train(config)
 
 
 def test_a_task_from_outside_is_trained_and_scored(make_config: MakeConfig) -> None:
