@@ -15,6 +15,7 @@ All three step the same modules, with the same optimizer, images, texts and mask
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -39,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlm.config import compose
 from vlm.models.language.tokenizer import CLS, MASK, PAD, SEP, SPELLINGS, Tokenizer
 from vlm.objectives.masked_language import MaskedLanguage
+from vlm.objectives.matching import Matching
 from vlm.objectives.objective import Objective
 from vlm.run import RunConfig, build_model, without_weights
 from vlm.training.pretraining import Pretraining
@@ -107,7 +109,7 @@ def plain_losses(module: Pretraining, batch: Batch, text_tokens: int = 0, pad_id
     Images that the batch holds beyond its texts are the fresh negatives. Texts are padded to `text_tokens`.
     """
     objectives: list[tuple[str, Objective]] = list(module.objectives.items())  # type: ignore[arg-type]
-    views = {name: objective.view(batch) for name, objective in objectives}
+    views = plain_views(module, batch)
     values: dict[str, Tensor] = {}
     for name, objective in objectives:
         view = padded(views[name], text_tokens, pad_id)
@@ -122,6 +124,18 @@ def plain_losses(module: Pretraining, batch: Batch, text_tokens: int = 0, pad_id
             values |= {f"{name}/{figure}": value for figure, value in loss.figures.items()}
     total = torch.stack([module.weights[name] * values[f"{name}/loss"] for name in views]).sum()
     return values | {"loss": total}
+
+
+def plain_views(module: Pretraining, batch: Batch) -> dict[str, View]:
+    """The views of the objectives; matching takes the images beyond the texts, where there are any, as negatives."""
+    assert batch.image is not None and batch.text_ids is not None
+    views = {}
+    for name, objective in module.objectives.items():
+        if isinstance(objective, Matching) and len(batch.image) > len(batch.text_ids):
+            objective = copy.copy(objective)  # the same head
+            objective.config = objective.config.model_copy(update={"negatives": "random"})
+        views[name] = objective.view(batch)  # type: ignore[operator]
+    return views
 
 
 def loss_over_all_positions(objective: MaskedLanguage, view: View, encoded: Encoded) -> tuple[Tensor, Tensor]:
