@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
-from data_loaders.prepare.preparation import Options, Preparation, chosen_splits, preparation
+from data_loaders.prepare.preparation import Options, Preparation, preparation
 from vlm.config import Config
 from vlm.errors import UserError
+from vlm.records import OfficialFile, Row, records
 from vlm.tasks.gqa import GQATask, read_questions
-from vlm.tasks.official import OfficialFile, Row, entries
 
 NUM_CHUNKS = 10  # of the official train_all_questions
 LICENCES = {
@@ -38,12 +38,8 @@ def prepare_gqa(config: GQAPreparerConfig, options: Options) -> None:
     with preparation("gqa", options, LICENCES) as work:
         find = work.release.find
         files = {split: f"{name}_{_kind(name)}_questions.json" for split, name in GQATask.splits.items()}
-        chosen = chosen_splits(config.splits, files, work.release, find)
-        for split, name in GQATask.splits.items():
-            file = files[split]
-            if split not in chosen:
-                work.absent(file)
-                continue
+        for split in work.splits(config.splits, files, find):
+            name, file = GQATask.splits[split], files[split]
             copy = work.copy(find(file), file)
             work.ask(split, read_questions(copy, labelled=name != "submission"), training=split == "train")
             if name == "submission":
@@ -92,6 +88,6 @@ def _keep(work: Preparation, name: str, wanted: bool) -> None:
 
 
 def _objects(file: OfficialFile) -> Iterator[str]:
-    for key, value in entries(file):
-        Row(file, f"entry {key!r}", value).get("")
+    for key, value in records(file, "object"):
+        Row(file, f'record "{key}"', value)
         yield key

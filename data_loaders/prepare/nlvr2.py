@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from data_loaders.prepare.preparation import Options, Preparation, chosen_splits, preparation
+from data_loaders.prepare.preparation import Options, Preparation, preparation
 from data_loaders.prepare.release import Entry, Release
 from vlm.config import Config
+from vlm.records import OfficialFile
 from vlm.tasks.nlvr2 import NLVR2Task, read_questions
-from vlm.tasks.official import OfficialFile
 from vlm.types import Question
 
 SUBSETS = ("balanced", "unbalanced")
@@ -37,17 +37,13 @@ def prepare_nlvr2(config: NLVR2PreparerConfig, options: Options) -> None:
     with preparation("nlvr2", options, LICENCES) as work:
         release = work.release
         files = {split: f"{name}.json" for split, name in NLVR2Task.splits.items()}
-        chosen = chosen_splits(config.splits, files, release, lambda name: whole(release, name))
-        for split, name in NLVR2Task.splits.items():
-            if split not in chosen:
-                work.absent(f"{name}.json")
-                continue
+        for split in work.splits(config.splits, files, lambda file: whole(release, file)):
             identifiers: set[str] = set()
-            copy = work.copy(whole(release, f"{name}.json"), f"{name}.json")
+            copy = work.copy(whole(release, files[split]), files[split])
             work.ask(split, remembered(copy, identifiers), training=split == "train")
             if split != "train":  # the subsets were made of the others alone
                 for subset in SUBSETS:
-                    keep_subset(work, subset, name, identifiers)
+                    keep_subset(work, subset, NLVR2Task.splits[split], identifiers)
 
 
 def whole(release: Release, name: str) -> list[Entry]:

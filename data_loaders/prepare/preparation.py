@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from data_loaders.progress import progress_bar
 from data_loaders.shards import ring_hash, write_ordered_shards
 from data_loaders.transforms import ImageError, decode_image
 from vlm.errors import UserError
-from vlm.tasks.official import READING_ERRORS, OfficialFile
+from vlm.records import READING_ERRORS, OfficialFile
 from vlm.tasks.task import MISSING_IMAGES
 from vlm.types import Question, Record
 
@@ -83,6 +83,26 @@ class Preparation:
         self.report.files[to] = source_name
         self.copied[to] = {"source": source_name, "bytes": entry.size, "sha256": digest.hexdigest()}
         return OfficialFile(entry.name, lambda: io.BufferedReader(_ShownFile(target, self._bar("MB"))), REMEDY)
+
+    def splits(
+        self, asked: Sequence[str] | None, files: Mapping[str, str], find: Callable[[str], list[Entry]]
+    ) -> Iterator[str]:
+        """The splits to prepare: those that are asked for, else those whose file is there. The others' are absent.
+
+        `files` says which file a split needs.
+        """
+        here = self.release.folder
+        present = [split for split, file in files.items() if find(file)]
+        for split in asked or ():
+            if split not in present:
+                raise UserError(f"{here}: {files[split]}, which split {split} needs, is not here")
+        if not present:
+            raise UserError(f"{here}: none of {', '.join(files.values())} is here, unpacked or in a zip")
+        for split, file in files.items():
+            if split in (asked or present):
+                yield split
+            else:
+                self.absent(file)
 
     def absent(self, name: str) -> None:
         self.report.files[name] = "absent"
@@ -260,22 +280,6 @@ def preparation(task: str, options: Options, licences: dict[str, str]) -> Iterat
             raise
     work.report.show(console)
     console.print(f"prepared {target} (the whole report: {target / REPORT})", soft_wrap=True)
-
-
-def chosen_splits(
-    splits: Sequence[str] | None, files: dict[str, str], release: Release, find: Callable[[str], list[Entry]]
-) -> list[str]:
-    """The splits to prepare: those that are asked for, else those whose file is there.
-
-    `files` says which file a split needs.
-    """
-    present = [split for split, name in files.items() if find(name)]
-    for split in splits or ():
-        if split not in present:
-            raise UserError(f"{release.folder}: {files[split]}, which split {split} needs, is not here")
-    if not present:
-        raise UserError(f"{release.folder}: none of {', '.join(files.values())} is here, unpacked or in a zip")
-    return list(dict.fromkeys(splits)) if splits else present
 
 
 def ordered_map(work: Callable[[T], U], things: Iterable[T], num_workers: int) -> Iterator[U]:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import cast
 
 from vlm.errors import UserError
-from vlm.tasks.official import READING_ERRORS, OfficialFile
+from vlm.records import READING_ERRORS, OfficialFile
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 REMEDY = "Download it again"

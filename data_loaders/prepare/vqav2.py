@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from data_loaders.prepare.preparation import Options, chosen_splits, preparation
+from data_loaders.prepare.preparation import Options, preparation
 from vlm.config import Config
 from vlm.errors import UserError
 from vlm.tasks.vqav2 import VQAv2Task, annotations_name, questions_name, read_questions
@@ -32,15 +32,11 @@ def prepare_vqav2(config: VQAv2PreparerConfig, options: Options) -> None:
     with preparation("vqav2", options, LICENCES) as work:
         release = work.release
         files = {split: questions_name(name) for split, name in VQAv2Task.splits.items()}
-        chosen = chosen_splits(config.splits, files, release, release.find)
-        for split, name in VQAv2Task.splits.items():
-            if split not in chosen:
-                work.absent(questions_name(name))
-                continue
-            questions = work.copy(release.find(questions_name(name)), questions_name(name))
-            annotations = None
-            if found := release.find(annotations_name(name)):
-                annotations = work.copy(found, annotations_name(name))
+        for split in work.splits(config.splits, files, release.find):
+            questions = work.copy(release.find(files[split]), files[split])
+            annotations, name = None, annotations_name(VQAv2Task.splits[split])
+            if found := release.find(name):
+                annotations = work.copy(found, name)
             elif split in ("train", "validation"):
-                raise UserError(f"{release.folder}: {annotations_name(name)}, which split {split} needs, is not here")
+                raise UserError(f"{release.folder}: {name}, which split {split} needs, is not here")
             work.ask(split, read_questions(questions, annotations), training=split == "train")

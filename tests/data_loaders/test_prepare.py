@@ -394,9 +394,13 @@ def test_copies_of_a_file_must_agree(tmp_path: Path) -> None:
         ("vqav2", {"v2_mscoco_val2014_annotations.json": '{"annotations": []}'}, "question 1000 has no annotation"),
         ("gqa", {"train_all_questions/train_all_questions_4.json": None}, "lacks train_all_questions_4.json"),
         ("gqa", {"train_all_questions/train_all_questions_10.json": "{}"}, "holds train_all_questions_10.json besides"),
-        ("gqa", {"train_sceneGraphs.json": '{"n1": 7}'}, "train_sceneGraphs.json: entry 'n1': must be an object"),
-        ("gqa", {"val_choices.json": '{"n1": {}'}, "val_choices.json: cut short. Download it again"),
-        ("nlvr2", {"data/dev.json": '{"identifier": 7}'}, "dev.json: line 1 is not an NLVR2 row: 'identifier' must be"),
+        ("gqa", {"train_sceneGraphs.json": '{"n1": 7}'}, 'train_sceneGraphs.json: record "n1": must be an object'),
+        (
+            "gqa",
+            {"val_choices.json": '{"n1": {}'},
+            'choices.json: after record "n1": the file is cut off. Download it again',
+        ),
+        ("nlvr2", {"data/dev.json": '{"identifier": 7}'}, 'dev.json: line 1: "identifier" must be text. Got 7'),
         (
             "nlvr2",
             {"data/balanced/balanced_dev.json": '{"identifier": "dev-9-9-9", "sentence": "", "label": "True"}'},

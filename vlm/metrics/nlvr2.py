@@ -7,10 +7,14 @@ apart by the identifier without its third part, never by their text: different s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from vlm.metrics.tally import Name, Tally
+
+IDENTIFIER = re.compile(r"[A-Za-z0-9_]{1,40}-[0-9]{1,20}-[0-9]{1,20}-[0-9]{1,20}")
+"""split-set-pair-sentence, such as dev-850-2-0."""
 
 
 def score(
@@ -54,7 +58,6 @@ def _add(result: Tally, place: Name, identifiers: Collection[str], right: Mappin
 
 
 def group_of(identifier: str) -> str:
-    """dev-850-2-0 -> dev-850--0: what the pairs of one statement have in common."""
-    parts = identifier.split("-")
-    parts[2] = ""
-    return "-".join(parts)
+    """dev-850-2-0 -> dev-850-0: what the pairs of one statement have in common."""
+    split, image_set, _, sentence = identifier.split("-")
+    return f"{split}-{image_set}-{sentence}"

@@ -1,58 +1,12 @@
-"""Typed access to the fields of a record. A field that is missing or of another type is one error that names it."""
+"""Fields that a release may lack."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlm.errors import UserError
-from vlm.scoring.records import shown
-
-
-class Record:
-    """One record of an official file, and where it stands."""
-
-    __slots__ = ("content", "file", "place")
-
-    def __init__(self, file: Path, place: str, content: Any) -> None:
-        self.file, self.place = file, place
-        if not isinstance(content, dict):
-            self.refuse(f"expected an object, got {shown(content)}")
-        self.content: dict[str, Any] = content
-
-    def refuse(self, message: str) -> None:
-        raise UserError(f"{self.file}: {self.place}: {message}")
-
-    def text(self, name: str) -> str:
-        value = self.content.get(name)
-        if type(value) is not str:
-            self.wrong(name, "text")
-        return value  # type: ignore[return-value]
-
-    def whole(self, name: str) -> int:
-        value = self.content.get(name)
-        if type(value) is not int:  # True is no number here
-            self.wrong(name, "a whole number")
-        return value  # type: ignore[return-value]
-
-    def list_of(self, name: str, kind: type, noun: str) -> Sequence[Any]:
-        value = self.content.get(name)
-        if type(value) is not list or not set(map(type, value)) <= {kind}:
-            self.wrong(name, f"a list of {noun}")
-        return value  # type: ignore[return-value]
-
-    def inside(self, name: str) -> Record:
-        """The object that a field holds."""
-        value = self.content.get(name)
-        if type(value) is not dict:
-            self.wrong(name, "an object")
-        return Record(self.file, f"{self.place}, {name}", value)
-
-    def wrong(self, name: str, expected: str) -> None:
-        if name not in self.content:
-            self.refuse(f"has no {shown(name)}; expected {expected}")
-        self.refuse(f"{shown(name)} must be {expected}. Got {shown(self.content[name])}")
 
 
 class Presence:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm.errors import UserError
 from vlm.metrics.gqa import Choices, Question, Region, map_grounding, num_steps, object_grounding
-from vlm.scoring.fields import Presence, Record
-from vlm.scoring.records import records, shown
+from vlm.records import OfficialFile, Row, records, shown
+from vlm.scoring.fields import Presence
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,13 +45,13 @@ def read_questions(path: Path, wanted: Collection[str]) -> Questions:
     unbalanced: list[str] = []
     presence = Presence(path)
     fields = frozenset(field for field, names in OPTIONAL.items() if not set(names).isdisjoint(wanted))
-    for record in _chunks(path):
-        if record.content.get("isBalanced", True) is True:
-            balanced[_key(record)] = _question(record, presence, fields)
-        elif record.content["isBalanced"] is False:
-            unbalanced.append(_key(record))
+    for key, row in _chunks(path):
+        if row.content.get("isBalanced", True) is True:
+            balanced[key] = _question(row, presence, fields)
+        elif row.content["isBalanced"] is False:
+            unbalanced.append(key)
         else:
-            record.wrong("isBalanced", "true or false")
+            raise row.wrong("isBalanced", "true or false")
     if not balanced:
         raise UserError(f"{path}: holds no balanced question. Give the balanced questions, or all")
     lacking = {
@@ -65,7 +65,7 @@ def read_questions(path: Path, wanted: Collection[str]) -> Questions:
 
 def read_all_answers(path: Path, questions: Mapping[str, Question]) -> dict[str, str]:
     """The true answer to every question of the all-questions file or folder; it must know those that are entailed."""
-    answers = {_key(record): intern(record.text("answer")) for record in _chunks(path)}
+    answers = {key: intern(row.raw_text("answer")) for key, row in _chunks(path)}
     for key, question in questions.items():
         for other in (key, *question.entailed):
             if other not in answers:
@@ -85,10 +85,10 @@ def read_choices(path: Path, questions: Mapping[str, Question]) -> dict[str, Cho
         return kept.setdefault(texts, frozenset(texts))
 
     choices: dict[str, Choices] = {}
-    for record in _chunks(path):
-        if _key(record) in questions:
-            valid, plausible = (record.list_of(name, str, "texts") for name in ("valid", "plausible"))
-            choices[_key(record)] = Choices(as_set(valid), as_set(plausible))
+    for key, row in _chunks(path):
+        if key in questions:
+            valid, plausible = (row.list_of(name, str, "texts") for name in ("valid", "plausible"))
+            choices[key] = Choices(as_set(valid), as_set(plausible))
     _require(path, questions, choices, "choices for")
     return choices
 
@@ -116,82 +116,77 @@ def read_grounding(attentions: Path, scenes: Path, questions: Mapping[str, Quest
     return {key: object_grounding(regions[key], maps[key]) for key in questions}
 
 
-def _chunks(path: Path, noun: str = "question") -> Iterator[Record]:
-    """The entries of a file of {id: entry}, or of all such files of a folder, as large releases come in chunks."""
+def _chunks(path: Path, noun: str = "question") -> Iterator[tuple[str, Row]]:
+    """Ids and entries of a file of {id: entry}, or of all such files of a folder, as large releases come in chunks."""
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: holds no .json file. Give the file or the folder of chunks")
     seen: set[str] = set()
-    for file in files:
+    for file in map(OfficialFile.given, files):
         for key, content in records(file, "object"):
-            record = Record(file, f'{noun} "{key}"', content)
-            record.content[""] = key
+            row = Row(file, f'{noun} "{key}"', content)
             if len(files) > 1:
                 if key in seen:
-                    record.refuse("stands in an earlier chunk too. Keep each chunk once")
+                    raise row.error("stands in an earlier chunk too", "Keep each chunk once")
                 seen.add(key)
-            yield record
+            yield key, row
 
 
-def _key(record: Record) -> str:
-    key: str = record.content[""]
-    return key
-
-
-def _question(record: Record, presence: Presence, fields: Collection[str]) -> Question:
-    types = record.inside("types")
+def _question(row: Row, presence: Presence, fields: Collection[str]) -> Question:
+    types = row.inside("types")
 
     def has(field: str) -> bool:
-        holder = types if field.startswith("types.") else record
-        return field in fields and presence.of(field, record.place, holder.content, field.removeprefix("types."))
+        holder = types if field.startswith("types.") else row
+        return field in fields and presence.of(field, row.place, holder.content, field.removeprefix("types."))
 
     steps: int | None = None
     if has("semantic"):
-        program = record.list_of("semantic", dict, "steps")
+        program = row.list_of("semantic", dict, "steps")
         if not all("operation" in step and "argument" in step for step in program):
-            record.wrong("semantic", "a list of steps with operation and argument")
+            raise row.wrong("semantic", "a list of steps with operation and argument")
         steps = num_steps(program)
     group: str | None = None
     if has("groups"):
-        groups = record.inside("groups")
+        groups = row.inside("groups")
         if "global" not in groups.content or groups.content["global"] is not None:
-            group = intern(groups.text("global"))
+            group = intern(groups.raw_text("global"))
     objects: list[str] = []
     if has("annotations"):
-        annotations = record.inside("annotations")
+        annotations = row.inside("annotations")
         for name in ("question", "fullAnswer"):
             named = annotations.inside(name)
-            objects += [intern(named.text(span)) for span in named.content]
+            objects += [intern(named.raw_text(span)) for span in named.content]
     return Question(
-        image=intern(record.text("imageId")),
-        answer=intern(record.text("answer")),
-        structural=intern(types.text("structural")),
-        semantic=intern(types.text("semantic")) if has("types.semantic") else None,
+        image=intern(row.raw_text("imageId")),
+        answer=intern(row.raw_text("answer")),
+        structural=intern(types.raw_text("structural")),
+        semantic=intern(types.raw_text("semantic")) if has("types.semantic") else None,
         num_steps=steps,
-        num_words=len(record.text("question").split()),
+        num_words=len(row.raw_text("question").split()),
         group=group,
-        entailed=tuple(record.list_of("entailed", str, "texts")) if has("entailed") else (),
-        compares=has("types.detailed") and "Common" in types.text("detailed"),
+        entailed=tuple(row.list_of("entailed", str, "texts")) if has("entailed") else (),
+        compares=has("types.detailed") and "Common" in types.raw_text("detailed"),
         objects=tuple(objects),
     )
 
 
-def _read_attentions(file: Path) -> dict[str, NDArray[np.float64]]:
+def _read_attentions(path: Path) -> dict[str, NDArray[np.float64]]:
     import numpy as np
 
     attentions: dict[str, NDArray[np.float64]] = {}
+    file = OfficialFile.given(path)
     for place, content in records(file, "list"):
-        record = Record(file, place, content)
-        key = record.text("questionId")
+        row = Row(file, place, content)
+        key = row.raw_text("questionId")
         if key in attentions:
-            record.refuse(f"a second attention for question {shown(key)}. Keep one for each question")
-        rows = record.list_of("attention", list, "lists of numbers")
+            raise row.error(f"a second attention for question {shown(key)}", "Keep one for each question")
+        rows = row.list_of("attention", list, "lists of numbers")
         try:
             values = np.asarray(rows)
         except ValueError:  # rows of different lengths
             values = np.empty(0)
         if values.ndim != 2 or not values.size or values.dtype.kind not in "if" or not np.isfinite(values).all():
-            record.wrong("attention", "a list of equally long lists of numbers")
+            raise row.wrong("attention", "a list of equally long lists of numbers")
         attentions[key] = values.astype(float)
     return attentions
 
@@ -202,27 +197,27 @@ def _read_regions(scenes: Path, questions: Mapping[str, Question]) -> dict[str, 
     for key, question in questions.items():
         by_image.setdefault(question.image, []).append(key)
     regions: dict[str, list[Region]] = {}
-    for record in _chunks(scenes, "image"):
-        asked = by_image.get(_key(record), [])
-        boxes = {name: _region(record, name) for name in {name for key in asked for name in questions[key].objects}}
+    for image, row in _chunks(scenes, "image"):
+        asked = by_image.get(image, [])
+        boxes = {name: _region(row, name) for name in {name for key in asked for name in questions[key].objects}}
         regions.update({key: [boxes[name] for name in questions[key].objects] for key in asked})
     _require(scenes, questions, regions, "scene graph for the image of")
     return regions
 
 
-def _region(scene: Record, name: str) -> Region:
+def _region(scene: Row, name: str) -> Region:
     box = scene.inside("objects").inside(name)
     width, height = _number(scene, "width"), _number(scene, "height")
     if width <= 0 or height <= 0:
-        scene.refuse(f"an image of {width} by {height} pixels")
+        raise scene.error(f"an image of {width} by {height} pixels")
     x, y, w, h = (_number(box, side) for side in "xywh")
     return x / width, y / height, (x + w) / width, (y + h) / height
 
 
-def _number(record: Record, name: str) -> float:
-    value = record.content.get(name)
+def _number(row: Row, name: str) -> float:
+    value = row.content.get(name)
     if type(value) not in (int, float) or not -1e9 < value < 1e9:  # type: ignore[operator]
-        record.wrong(name, "a number")
+        raise row.wrong(name, "a number")
     return float(value)  # type: ignore[arg-type]
 
 

@@ -2,58 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from vlm.errors import UserError
-from vlm.scoring.fields import Record
-from vlm.scoring.records import records, shown, unreadable
+from vlm.records import OfficialFile, Row, lines, records, shown
 
 Id = TypeVar("Id", bound=Hashable)
 
 
-def read_vqav2_results(file: Path) -> dict[int, str]:
+def read_vqav2_results(path: Path) -> dict[int, str]:
     """The results format of VQAv2: a list of {"question_id": whole number, "answer": text}."""
     predictions: dict[int, str] = {}
-    for place, content in records(file, "list", unique_keys=True):
-        record = Record(file, place, content)
-        _add(record, predictions, record.whole("question_id"), record.text("answer"))
+    for row in _rows(path):
+        _add(row, predictions, row.whole("question_id"), row.raw_text("answer"))
     return predictions
 
 
-def read_gqa_predictions(file: Path) -> dict[str, str]:
+def read_gqa_predictions(path: Path) -> dict[str, str]:
     """The predictions format of GQA: a list of {"questionId": text, "prediction": text}."""
     predictions: dict[str, str] = {}
-    for place, content in records(file, "list", unique_keys=True):
-        record = Record(file, place, content)
-        _add(record, predictions, record.text("questionId"), record.text("prediction"))
+    for row in _rows(path):
+        _add(row, predictions, row.raw_text("questionId"), row.raw_text("prediction"))
     return predictions
 
 
-def read_nlvr2_predictions(file: Path) -> dict[str, str]:
+def read_nlvr2_predictions(path: Path) -> dict[str, str]:
     """The predictions format of NLVR2: lines of identifier,prediction without a header; True or False in any case."""
+    file = OfficialFile.given(path)
     predictions: dict[str, str] = {}
-    for number, line in enumerate(read_lines(file), start=1):
-        record = Record(file, f"line {number}", {})
-        parts = line.strip().split(",")
+    for place, line in lines(file):
+        row = Row(file, place, {})
+        parts = line.split(",")
         if len(parts) != 2:
-            record.refuse(f"expected identifier,prediction. Got {shown(line)}")
+            raise row.error(f"expected identifier,prediction. Got {shown(line)}")
         if parts[1].lower() not in ("true", "false"):
-            record.refuse(f"the prediction must be True or False, and the file has no header. Got {shown(parts[1])}")
-        _add(record, predictions, *parts)
+            problem = "the prediction must be True or False, and the file has no header"
+            raise row.error(f"{problem}. Got {shown(parts[1])}")
+        _add(row, predictions, *parts)
     return predictions
-
-
-def read_lines(file: Path) -> list[str]:
-    """The lines of a text file; only line feeds part them, as sentences may hold any other separator."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{file}: {unreadable(error)}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    return text.rstrip().split("\n") if text.strip() else []
 
 
 def complete(
@@ -91,7 +79,12 @@ def complete(
     return whole, len(missing)
 
 
-def _add(record: Record, predictions: dict[Id, str], key: Id, answer: str) -> None:
+def _rows(path: Path) -> Iterator[Row]:
+    file = OfficialFile.given(path)
+    return (Row(file, place, content) for place, content in records(file, "list", unique_keys=True))
+
+
+def _add(row: Row, predictions: dict[Id, str], key: Id, answer: str) -> None:
     if key in predictions:
-        record.refuse(f"a second prediction for question {shown(key)}. Keep one for each question")
+        raise row.error(f"a second prediction for question {shown(key)}", "Keep one for each question")
     predictions[key] = answer

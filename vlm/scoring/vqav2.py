@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from sys import intern
 
-from vlm.errors import UserError
 from vlm.metrics.vqav2 import Annotation
-from vlm.scoring.fields import Presence, Record
-from vlm.scoring.records import records, shown
+from vlm.records import OfficialFile, Row, records, shown
+from vlm.scoring.fields import Presence
+
+SAME_SPLIT = "Give both files of one split"
 
 
 def read_annotations(annotations: Path, questions: Path) -> tuple[dict[int, Annotation], dict[str, str]]:
@@ -16,42 +17,42 @@ def read_annotations(annotations: Path, questions: Path) -> tuple[dict[int, Anno
 
     The two files must hold the same questions. Images are those of the questions file; annotations may leave them out.
     """
+    asked, annotated = OfficialFile.given(questions), OfficialFile.given(annotations)
     images: dict[int, int] = {}
-    for place, content in records(questions, "list", "questions"):
-        record = Record(questions, place, content)
-        key = record.whole("question_id")
+    for place, content in records(asked, "list", "questions"):
+        row = Row(asked, place, content)
+        key = row.whole("question_id")
         if key in images:
-            record.refuse(f"question_id {key} stands twice")
-        images[key] = record.whole("image_id")
+            raise row.error(f"question_id {key} stands twice")
+        images[key] = row.whole("image_id")
     read: dict[int, Annotation] = {}
     presence = Presence(annotations)
-    for place, content in records(annotations, "list", "annotations"):
-        record = Record(annotations, place, content)
-        key = record.whole("question_id")
+    for place, content in records(annotated, "list", "annotations"):
+        row = Row(annotated, place, content)
+        key = row.whole("question_id")
         if key in read:
-            record.refuse(f"question_id {key} stands twice")
+            raise row.error(f"question_id {key} stands twice")
         if key not in images:
-            record.refuse(f"question {key} is not in {questions}: the files are of different splits")
+            raise row.error(f"question {key} is not in {questions}", SAME_SPLIT)
         if "image_id" in content and content["image_id"] != images[key]:
-            record.refuse(
-                f"image_id is {shown(content['image_id'])}, but {images[key]} for question {key} of {questions}"
-            )
+            image = shown(content["image_id"])
+            raise row.error(f"image_id is {image}, but {images[key]} for question {key} of {questions}", SAME_SPLIT)
         try:
             answers = tuple([intern(answer["answer"]) for answer in content["answers"]])
         except (KeyError, TypeError):
             answers = ()
         if not answers:
-            record.wrong("answers", 'a list of {"answer": text}, with at least one')
+            raise row.wrong("answers", 'a list of {"answer": text}, with at least one')
         types = [
-            intern(record.text(name)) if presence.of(name, place, record.content, name) else None
+            intern(row.raw_text(name)) if presence.of(name, place, content, name) else None
             for name in ("question_type", "answer_type")
         ]
         read[key] = Annotation(images[key], answers, *types)
     missing = next((key for key in images if key not in read), None)
     if missing is not None:
-        raise UserError(f"{annotations}: no annotation for question {missing} of {questions}. Give both of one split")
+        raise annotated.error(f"no annotation for question {missing} of {questions}", SAME_SPLIT)
     if not read:
-        raise UserError(f"{annotations}: holds no annotation. Download it again")
+        raise annotated.error("holds no annotation")
     lacking = {
         f"per_{name}": f"the annotations carry no {name}"
         for name in ("answer_type", "question_type")

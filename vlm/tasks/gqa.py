@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vlm.tasks.official import OfficialFile, Row, entries
-from vlm.tasks.task import Task, mean_percent, predicted, read_texts, unique
+from vlm.records import OfficialFile, Row, records
+from vlm.tasks.task import Task, accuracy_by_group, predicted, read_texts, unique
 from vlm.types import Question
 
 IMAGE_ID = re.compile(r"[A-Za-z0-9_-]{1,200}")
@@ -46,11 +45,9 @@ class GQATask(Task):
         return {answer_ids[answer]: 1.0 for answer in question.answers if answer in answer_ids}
 
     def score(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
-        by_type = defaultdict(list)
-        for question in questions:
-            by_type[question.group].append(float(predicted(question, predictions) in question.answers))
-        scores = {"accuracy": mean_percent([value for values in by_type.values() for value in values])}
-        return scores | {f"accuracy/{name}": mean_percent(values) for name, values in sorted(by_type.items()) if name}
+        return accuracy_by_group(
+            questions, [float(predicted(question, predictions) in question.answers) for question in questions]
+        )
 
     def official(self, question: Question, answer: str) -> dict[str, Any]:
         return {"questionId": question.id, "prediction": answer}
@@ -66,12 +63,12 @@ class GQATask(Task):
 
 def read_questions(file: OfficialFile, labelled: bool = True) -> Iterator[Question]:
     """The questions of a file, one at a time; those of the submission split carry no answer."""
-    for question_id, value in entries(file):
+    for question_id, value in records(file, "object"):
         row = Row(file, f"question {question_id}", value)
-        image = row.get("imageId")
-        key = str(image) if isinstance(image, int) and not isinstance(image, bool) else row.text("imageId")
+        key = row.identifier("imageId")
         if not IMAGE_ID.fullmatch(key):
-            raise row.error(f"'imageId' must be letters, digits, '_' or '-'. Got {key[:40]!r}")
-        types = Row(file, f"{row.record}, types", {} if row.get("types") is None else row.get("types"))
+            raise row.wrong("imageId", "letters, digits, '_' or '-'")
         answers = (row.text("answer"),) if labelled else ()
-        yield Question(question_id, row.text("question"), (key,), answers, types.text("structural", default=""))
+        has_types = row.content.get("types") is not None
+        group = row.inside("types").text("structural", default="") if has_types else ""
+        yield Question(question_id, row.text("question"), (key,), answers, group)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from vlm.metrics.nlvr2 import IDENTIFIER, group_of
 from vlm.metrics.submission import check_submission
-from vlm.tasks.official import OfficialFile, Row, lines
+from vlm.records import OfficialFile, Row, json_lines
 from vlm.tasks.task import Task, mean_percent, predicted, unique
 from vlm.types import Question
-
-IDENTIFIER = re.compile(r"([A-Za-z0-9_]{1,40})-([0-9]{1,20})-([0-9]{1,20})-([0-9]{1,20})")
 
 
 class NLVR2Task(Task):
@@ -52,14 +50,12 @@ class NLVR2Task(Task):
 
 def read_questions(file: OfficialFile) -> Iterator[Question]:
     """The statements of a file, one at a time."""
-    for number, value in lines(file):
-        row = Row(file, f"line {number} is not an NLVR2 row", value)
+    for place, value in json_lines(file):
+        row = Row(file, place, value)
         identifier, sentence, label = row.text("identifier"), row.text("sentence"), row.text("label")
-        parts = IDENTIFIER.fullmatch(identifier)
-        if parts is None:
-            raise row.error(f"'identifier' must be SPLIT-SET-PAIR-SENTENCE. Got {identifier[:60]!r}")
+        if IDENTIFIER.fullmatch(identifier) is None:
+            raise row.wrong("identifier", "split-set-pair-sentence")
         if label not in ("True", "False"):
-            raise row.error(f"'label' must be True or False. Got {label[:20]!r}")
-        split, image_set, pair, place = parts.groups()
-        keys = tuple(f"{split}-{image_set}-{pair}-img{image}" for image in (0, 1))
-        yield Question(identifier, sentence, keys, (label,), f"{split}-{image_set}-{place}")
+            raise row.wrong("label", "True or False")
+        pair = identifier.rpartition("-")[0]
+        yield Question(identifier, sentence, (f"{pair}-img0", f"{pair}-img1"), (label,), group_of(identifier))

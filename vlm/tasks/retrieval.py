@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from vlm.config import Config
-from vlm.tasks.official import OfficialFile, Row, read_list
+from vlm.records import OfficialFile, Row, records
 from vlm.tasks.task import unique
 from vlm.types import Question
 
@@ -28,13 +28,11 @@ class RetrievalTask(Config):
 
     def read(self, root: Path, name: str) -> list[Question]:
         file = OfficialFile.at(root / "retrieval" / f"{name}.json")
-        return unique((_question(Row(file, f"row {n}", row)) for n, row in enumerate(read_list(file), 1)), file)
+        return unique((_question(Row(file, place, value)) for place, value in records(file, "list")), file)
 
 
 def _question(row: Row) -> Question:
-    key = row.get("id")
-    number = str(key) if isinstance(key, int) and not isinstance(key, bool) else row.text("id")
-    return Question(number, row.text("text"), (row.text("image_key"),))
+    return Question(row.identifier("id"), row.text("text"), (row.text("image_key"),))
 
 
 Rank = tuple[int, int]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,8 +14,8 @@ from pydantic import Field
 from vlm.config import Config
 from vlm.errors import UserError
 from vlm.metrics.submission import check_submission
+from vlm.records import OfficialFile, records, shown
 from vlm.supervision.sources import key_random
-from vlm.tasks.official import OfficialFile, kind_of, read_list
 from vlm.types import Question
 
 MISSING_IMAGES = "missing_images.json"
@@ -113,13 +113,13 @@ def read_missing_images(folder: Path) -> frozenset[str]:
 def read_texts(path: Path) -> tuple[str, ...]:
     """A JSON list of distinct texts, such as an answer vocabulary in the order of its labels."""
     file = OfficialFile.at(path)
-    texts = read_list(file)
-    for number, text in enumerate(texts):
+    texts: dict[str, None] = {}
+    for place, text in records(file, "list"):
         if not isinstance(text, str):
-            raise file.error(f"entry {number} must be text. Got {kind_of(text)}")
-    repeated = next((text for text, count in Counter(texts).items() if count > 1), None)
-    if repeated is not None:
-        raise file.error(f"holds {repeated!r} twice")
+            raise file.error(f"{place} must be text. Got {shown(text)}")
+        if text in texts:
+            raise file.error(f"holds {shown(text)} twice")
+        texts[text] = None
     return tuple(texts)
 
 
@@ -139,6 +139,15 @@ def predicted(question: Question, predictions: Mapping[str, str]) -> str:
         return predictions[question.id]
     except KeyError:
         raise UserError(f"question {question.id}: no prediction among {len(predictions)}") from None
+
+
+def accuracy_by_group(questions: Sequence[Question], values: Sequence[float]) -> dict[str, float]:
+    """The mean of the questions' accuracies, in percent, over all and over each group that has a name."""
+    groups: defaultdict[str, list[float]] = defaultdict(list)
+    for question, value in zip(questions, values, strict=True):
+        groups[question.group].append(value)
+    scores = {"accuracy": mean_percent([value for group in groups.values() for value in group])}
+    return scores | {f"accuracy/{name}": mean_percent(group) for name, group in sorted(groups.items()) if name}
 
 
 def mean_percent(values: Sequence[float]) -> float:

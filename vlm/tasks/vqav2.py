@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import PositiveInt
 
 from vlm.errors import UserError
-from vlm.metrics.vqav2 import official_accuracy, vqa_accuracy
+from vlm.metrics.vqav2 import normalise_answer, official_accuracy, vqa_accuracy
+from vlm.records import OfficialFile, Row, records, shown
 from vlm.supervision.sources import key_random
-from vlm.tasks.official import OfficialFile, Row, items, kind_of, read_list
-from vlm.tasks.task import Task, mean_percent, predicted, read_texts
+from vlm.tasks.task import Task, accuracy_by_group, predicted, read_texts
 from vlm.types import Question
 
 MINIVAL_IMAGES = 5000  # as many as the published minival has
@@ -80,11 +80,9 @@ class VQAv2Task(Task):
         }
 
     def score(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
-        by_type = defaultdict(list)
-        for question in questions:
-            by_type[question.group].append(official_accuracy(predicted(question, predictions), question.answers))
-        scores = {"accuracy": mean_percent([value for values in by_type.values() for value in values])}
-        return scores | {f"accuracy/{name}": mean_percent(values) for name, values in sorted(by_type.items()) if name}
+        return accuracy_by_group(
+            questions, [official_accuracy(predicted(question, predictions), question.answers) for question in questions]
+        )
 
     def official(self, question: Question, answer: str) -> dict[str, Any]:
         return {"question_id": int(question.id), "answer": answer}
@@ -141,21 +139,20 @@ class Annotation:
 
 def read_annotations(file: OfficialFile) -> Iterator[Annotation]:
     """The annotations of a file, one at a time."""
-    for number, value in items(file, "annotations"):
-        row = Row(file, f"annotation {number}", value)
-        question_id = row.number("question_id", below=10**15)
+    for place, value in records(file, "list", "annotations"):
+        question_id = Row(file, place, value).whole("question_id", below=10**15)
         row = Row(file, f"question {question_id}", value)
         answers = []
-        for place, entry in enumerate(row.list("answers"), start=1):
-            answer = entry.get("answer") if isinstance(entry, dict) else None
+        for number, entry in enumerate(row.list_of("answers", dict, "objects"), start=1):
+            answer = entry.get("answer")
             if not isinstance(answer, str) or not answer.isascii():  # of ten answers a question, few need a closer look
-                answer = Row(file, f"question {question_id}, answer {place}", entry).text("answer")
+                answer = Row(file, f"question {question_id}, answer {number}", entry).text("answer")
             answers.append(sys.intern(answer))
         if not answers:
             raise row.error("has no answer")
         yield Annotation(
             question_id,
-            row.number("image_id", below=10**12) if row.get("image_id") is not None else None,
+            row.whole("image_id", below=10**12) if row.content.get("image_id") is not None else None,
             tuple(answers),
             row.text("multiple_choice_answer", default="") or Counter(answers).most_common(1)[0][0],
             row.text("answer_type", default=""),
@@ -172,14 +169,13 @@ def read_questions(file: OfficialFile, annotations: OfficialFile | None) -> Iter
         known[annotation.question_id] = annotation
     seen: set[int] = set()
     split = _split_of(file)
-    for number, value in items(file, "questions"):
-        row = Row(file, f"question number {number}", value)
-        question_id = row.number("question_id", below=10**15)
+    for place, value in records(file, "list", "questions"):
+        question_id = Row(file, place, value).whole("question_id", below=10**15)
         row = Row(file, f"question {question_id}", value)
         if question_id in seen:
             raise row.error("occurs twice")
         seen.add(question_id)
-        image_id, text = row.number("image_id", below=10**12), row.text("question")
+        image_id, text = row.whole("image_id", below=10**12), row.text("question")
         keys = (image_key(split, image_id),)
         if annotations is None:
             yield Question(str(question_id), text, keys)
@@ -198,12 +194,12 @@ def read_questions(file: OfficialFile, annotations: OfficialFile | None) -> Iter
 def read_minival(file: OfficialFile, held_out: Sequence[Question]) -> set[str]:
     """The ids of the held-out questions that a list names, by question or by image. Every id must be known."""
     listed: set[int] = set()
-    for number, entry in enumerate(read_list(file), start=1):
+    for place, entry in records(file, "list"):
         if isinstance(entry, dict):
             entry = next((entry[name] for name in ("question_id", "image_id", "img_id") if name in entry), None)
         text = str(entry).rpartition("_")[2]  # COCO_val2014_000000000042
         if isinstance(entry, bool) or not isinstance(entry, int | str) or not re.fullmatch("[0-9]{1,18}", text):
-            raise file.error(f"entry {number} is no question id and no image id, but {kind_of(entry)}")
+            raise file.error(f"{place} is no question id and no image id, but {shown(entry)}")
         listed.add(int(text))
     if not listed:
         raise file.error("names no question")
@@ -227,6 +223,4 @@ def _split_of(file: OfficialFile) -> str:
 @lru_cache(maxsize=1 << 20)
 def normalised(answer: str) -> str:
     """An answer as the official script compares it."""
-    from vlm.metrics.vqav2 import normalise_answer
-
     return normalise_answer(answer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vlm import records as module
 from vlm.errors import UserError
-from vlm.scoring import records as module
-from vlm.scoring.records import Kind, records
+from vlm.records import Kind, OfficialFile, Row, json_lines, lines, records
 
 each_example = settings(  # the same examples every time, and none kept in the tree
     max_examples=60,
@@ -31,7 +33,7 @@ layouts = st.fixed_dictionaries({"indent": st.none() | st.integers(0, 2), "ensur
 
 
 def read(file: Path, kind: Kind, under: str | None = None) -> list[Any]:
-    return [content for _, content in records(file, kind, under, unique_keys=True)]
+    return [content for _, content in records(OfficialFile.given(file), kind, under, unique_keys=True)]
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +61,7 @@ def test_an_object_reads_as_the_standard_library_reads_it(
     tmp_path: Path, content: dict[str, Any], layout: dict[str, Any]
 ) -> None:
     write(tmp_path / "a.json", content, layout | {"ensure_ascii": True})
-    assert dict(records(tmp_path / "a.json", "object")) == content
+    assert dict(records(OfficialFile.given(tmp_path / "a.json"), "object")) == content
 
 
 @each_example
@@ -86,7 +88,7 @@ def test_noise_reads_as_the_standard_library_reads_it_or_is_one_error(
 ) -> None:
     (tmp_path / "a.json").write_bytes(content)
     try:
-        found = list(records(tmp_path / "a.json", kind, under, unique_keys=True))
+        found = list(records(OfficialFile.given(tmp_path / "a.json"), kind, under, unique_keys=True))
     except UserError as error:
         assert str(error).startswith(str(tmp_path / "a.json"))
         return
@@ -138,3 +140,72 @@ def test_files_that_cannot_be_opened_or_decoded_are_named(tmp_path: Path) -> Non
 def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")
     assert read(tmp_path / "a.json", "list") == [1]
+
+
+def test_the_list_that_holds_the_records_may_not_stand_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"rows": [1], "rows": [2]}')
+    with pytest.raises(UserError, match='"rows" stands twice'):
+        read(tmp_path / "a.json", "list", "rows")
+
+
+def test_an_error_ends_with_the_remedy_of_its_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[1")
+    for file, remedy in (
+        (OfficialFile.given(tmp_path / "a.json"), "Download or write it again"),
+        (OfficialFile.at(tmp_path / "a.json"), "Download or prepare it again"),
+    ):
+        with pytest.raises(UserError, match=rf"after record 1: the file is cut off\. {remedy}$"):
+            list(records(file, "list"))
+
+
+def test_half_a_character_is_text_only_where_it_is_asked_for_as_it_stands() -> None:
+    row = Row(OfficialFile("made up", io.BytesIO), "record 1", {"text": "\ud800"})
+    assert row.raw_text("text") == "\ud800"
+    with pytest.raises(UserError, match=r'made up: record 1: "text" holds half a character\. Got "\\ud800"'):
+        row.text("text")
+
+
+def test_a_large_file_is_read_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read ahead is bounded, so that a file of gigabytes needs no more memory than a small one."""
+    chunk = 1 << 16
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    read: list[int] = []
+
+    class Endless(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            head = b'{"questions": [' if not read else b""
+            content = (head + b"7, " * len(buffer))[: len(buffer) // 3 * 3]
+            buffer[: len(content)] = content
+            read.append(len(content))
+            return len(content)
+
+    stream = records(OfficialFile("endless", lambda: io.BufferedReader(Endless())), "list", "questions")
+    for _ in range(chunk // 3):
+        assert next(stream)[1] == 7
+    assert sum(read) < 3 * chunk
+    stream.close()
+
+
+def test_a_damaged_zip_member_is_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "questions.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("q.json", json.dumps([{"question": "what is 1?"}]))
+    data = bytearray(path.read_bytes())
+    at = bytes(data).index(b"what is 1?")
+    data[at : at + 4] = b"that"
+    path.write_bytes(bytes(data))
+    with zipfile.ZipFile(path) as archive:
+        file = OfficialFile("questions.zip: q.json", lambda: archive.open("q.json"))
+        with pytest.raises(UserError, match=r"questions\.zip: q\.json: cannot be read \(BadZipFile"):
+            list(records(file, "list"))
+
+
+def test_lines_may_hold_any_character_that_is_no_line_end() -> None:
+    file = OfficialFile("lines", lambda: io.BytesIO('"a\u2028b\x85c"\n"d"\n\n'.encode()))
+    assert list(json_lines(file)) == [("line 1", "a\u2028b\x85c"), ("line 2", "d")]
+    torn = OfficialFile("lines", lambda: io.BytesIO(b"1\n\n2\n"))
+    with pytest.raises(UserError, match="line 2 is empty"):
+        list(lines(torn))
