@@ -62,7 +62,7 @@ def evaluate_answers(
     task = cast(Task, task_of(config))
     questions = task.read(root, task.evaluation_split)
     if baseline == "most_frequent":
-        predictions = task.question_prior(task.train_questions(root), questions)
+        predictions = task.question_prior(task.train_questions(root), questions, by_text=False)
     else:
         predictions = _answer(config, root, module, tokenizer, questions, baseline)
     if _rank()[0] == 0:
@@ -70,9 +70,12 @@ def evaluate_answers(
         task.write_predictions(file, questions, predictions)
     if not any(question.answers for question in questions):
         return {}
-    prior = task.question_prior(task.train_questions(root), questions)
     scores = task.score(questions, predictions)
-    return scores | {"question_prior": task.score(questions, prior)[task.headline]}
+    try:
+        train = task.train_questions(root)
+    except UserError:  # a root for evaluation alone, without the training questions
+        return scores
+    return scores | {"question_prior": task.score(questions, task.question_prior(train, questions))[task.headline]}
 
 
 def _answer(

@@ -40,7 +40,7 @@ def prepare_nlvr2(config: NLVR2PreparerConfig, options: Options) -> None:
         for split in work.splits(config.splits, files, lambda file: whole(release, file)):
             identifiers: set[str] = set()
             copy = work.copy(whole(release, files[split]), files[split])
-            work.ask(split, remembered(copy, identifiers), training=split == "train")
+            work.ask(split, remembered(copy, identifiers, NLVR2Task.splits[split]), training=split == "train")
             if split != "train":  # the subsets were made of the others alone
                 for subset in SUBSETS:
                     keep_subset(work, subset, NLVR2Task.splits[split], identifiers)
@@ -52,9 +52,11 @@ def whole(release: Release, name: str) -> list[Entry]:
     return [entry for entry in entries if "nlvr2" in release.parts(entry)] or entries
 
 
-def remembered(file: OfficialFile, identifiers: set[str]) -> Iterator[Question]:
-    """The statements of a file; an identifier that occurs twice is an error."""
+def remembered(file: OfficialFile, identifiers: set[str], name: str) -> Iterator[Question]:
+    """The statements of split `name`; one of another split, or an identifier that occurs twice, is an error."""
     for question in read_questions(file):
+        if question.id.split("-")[0] != name:
+            raise file.error(f"identifier {question.id} is not of {name}", "The file is another split's; exchange it")
         if question.id in identifiers:
             raise file.error(f"identifier {question.id} occurs twice")
         identifiers.add(question.id)
@@ -71,7 +73,7 @@ def keep_subset(work: Preparation, subset: str, name: str, identifiers: set[str]
         return work.absent(to)
     copy = work.copy(entries, to)
     seen: set[str] = set()
-    work.check(to, remembered(copy, seen))
+    work.check(to, remembered(copy, seen, name))
     stranger = min(seen - identifiers, default=None)
     if stranger is not None:
         raise copy.error(f"identifier {stranger} is not in {name}.json")

@@ -115,9 +115,12 @@ class Preparation:
         """Read a split's questions to their end; their images are wanted."""
         wanted = self.asked.setdefault(split, Counter())
         entry = self.report.splits.setdefault(split, SplitYield(training))
+        before = entry.questions
         for question in questions:
             wanted[question.image_keys] += 1
             entry.questions += 1
+        if entry.questions == before:
+            raise UserError(f"{self.options.source}: split {split} holds no question. Download its file again")
 
     def write_images(self) -> None:
         """Write all wanted images as shards, in the order of the hash ring, each once it is known to decode."""
@@ -260,8 +263,11 @@ def preparation(task: str, options: Options, licences: dict[str, str]) -> Iterat
         raise UserError(f"{target}: would replace the release in {options.source}. Choose another --to")
     console = Console()
     with Release(options.source) as release:
-        options.root.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{task}-", dir=options.root))
+        try:
+            options.root.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{task}-", dir=options.root))
+        except OSError as error:
+            raise UserError(f"{options.root}: cannot be written ({error.strerror}). Choose another --to") from None
         try:
             work = Preparation(task, options, release, partial, console)
             yield work

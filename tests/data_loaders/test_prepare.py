@@ -497,9 +497,15 @@ def test_what_was_prepared_before_is_no_part_of_the_release(tmp_path: Path) -> N
     files = vqav2_files()
     source = write(tmp_path / "files", files)
     prepare_vqav2(VQAv2PreparerConfig(), options(source, source / "root"))
-    write(source, {"v2_OpenEnded_mscoco_test-dev2015_questions.json": '{"questions": []}'})  # a newer one
+    name = "v2_OpenEnded_mscoco_test-dev2015_questions.json"
+    content = json.loads(files[name])
+    assert len(content["questions"]) > 1
+    write(source, {name: json.dumps(content | {"questions": content["questions"][:1]})})  # a newer one
     prepare_vqav2(VQAv2PreparerConfig(), options(source, source / "root"))
-    assert report_of(source / "root", "vqav2")["splits"]["test_dev"]["questions"] == 0
+    assert report_of(source / "root", "vqav2")["splits"]["test_dev"]["questions"] == 1
+    write(source, {name: json.dumps(content | {"questions": []})})
+    with pytest.raises(UserError, match="split test_dev holds no question"):
+        prepare_vqav2(VQAv2PreparerConfig(), options(source, source / "root"))
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
@@ -609,3 +615,16 @@ def test_the_whole_real_nlvr2_dev_set_counts_its_missing_images(tmp_path: Path) 
     assert report["splits"]["validation"]["questions"] == 6982
     assert report["images"]["found"] == 8
     assert len(NLVR2Task().read(tmp_path / "root", "validation")) == 6982  # an evaluation keeps them all
+
+
+def test_a_file_of_another_split_is_refused(tmp_path: Path) -> None:
+    files = nlvr2_files()
+    files["data/test1.json"] = files["data/dev.json"]
+    with pytest.raises(UserError, match=r"test1\.json: identifier dev-\S+ is not of test1"):
+        prepare_nlvr2(NLVR2PreparerConfig(), options(write(tmp_path / "files", files), tmp_path / "root"))
+
+
+def test_a_root_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare_nlvr2(NLVR2PreparerConfig(), options(write(tmp_path / "files", nlvr2_files()), tmp_path / "file"))

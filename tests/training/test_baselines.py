@@ -58,7 +58,10 @@ def test_baselines_leave_the_run_as_it_is_and_have_files_of_their_own(
     assert all(len(answers) == 1 for answers in by_text.values())  # the words alone decide
     result = json.loads((folder / "result.json").read_text())
     most_frequent = json.loads((folder / f"scores-{task}-test-most_frequent.json").read_text())
-    assert most_frequent["scores"]["accuracy"] == result["scores"]["question_prior"]
+    train_questions = config.task.train_questions(config.data.prepare(progress=False))
+    by_type = config.task.question_prior(train_questions, questions, by_text=False)
+    assert most_frequent["scores"]["accuracy"] == config.task.score(questions, by_type)["accuracy"]
+    assert most_frequent["scores"]["question_prior"] == result["scores"]["question_prior"]
 
 
 def test_a_run_scored_again_gives_its_result(make_config: MakeConfig) -> None:

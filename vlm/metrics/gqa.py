@@ -128,6 +128,8 @@ def tally(
         groups = {group: number for number, group in enumerate(dict.fromkeys(group for group, _ in cells))}
         histogram.groups.extend(groups[group] for group, _ in cells)
         result.statistics["distribution",] = histogram.distances
+    else:
+        result.not_computed["distribution"] = "no question has a global group"
     return result
 
 

@@ -78,7 +78,9 @@ class Task(Config):
         shuffled = sorted(questions, key=lambda question: key_random(question.id, "train_fraction").random())
         return shuffled[: max(1, round(self.train_fraction * len(questions)))]
 
-    def question_prior(self, train: Sequence[Question], questions: Sequence[Question]) -> dict[str, str]:
+    def question_prior(
+        self, train: Sequence[Question], questions: Sequence[Question], by_text: bool = True
+    ) -> dict[str, str]:
         """The most frequent training answer to exactly this question, else to this question type, else of all.
 
         Training questions without an answer do not count. The type is never one that tells of the answer (yes/no,
@@ -89,19 +91,21 @@ class Task(Config):
         """
         counts: dict[tuple[str, str], Counter[str]] = {}
         for question in train:
-            for level in _levels(question):
+            for level in _levels(question, by_text):
                 counts.setdefault(level, Counter()).update(question.answers)
         if not any(counts.values()):
             raise UserError(f"{self.type}: no training question has an answer, so none is the most frequent")
         best = {level: answers.most_common(1)[0][0] for level, answers in counts.items() if answers}
         return {
-            question.id: next(best[level] for level in _levels(question) if level in best) for question in questions
+            question.id: next(best[level] for level in _levels(question, by_text) if level in best)
+            for question in questions
         }
 
 
-def _levels(question: Question) -> tuple[tuple[str, str], ...]:
+def _levels(question: Question, by_text: bool) -> tuple[tuple[str, str], ...]:
     """What a question has in common with others, the closest first."""
-    return ("text", question.text), ("type", question.kind or question.group), ("all", "")
+    text = (("text", question.text),) if by_text else ()
+    return (*text, ("type", question.kind or question.group), ("all", ""))
 
 
 def read_missing_images(folder: Path) -> frozenset[str]:
