@@ -624,3 +624,14 @@ def test_prediction_files_that_tasks_write_are_read(files: Files) -> None:
     NLVR2Task().write_predictions(files.folder / "predictions.json", questions, {q.id: q.answers[0] for q in questions})
     assert len(list(csv.reader((files.folder / "predictions.csv").read_text().splitlines()))) == 8
     assert files(*NLVR2)["accuracy"] == 1
+
+
+def test_scores_never_replace_a_file_that_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predictions, data = tmp_path / "predictions.csv", tmp_path / "dev.json"
+    predictions.write_text("dev-1-0-0,True\n")
+    data.write_text('{"identifier": "dev-1-0-0", "label": "True", "sentence": "two dogs"}\n')
+    for read in (predictions, data):
+        before = read.read_text()
+        assert main(["score", "nlvr2", str(predictions), "--data", str(data), "--json", str(read)]) == 2
+        assert "--json would replace a file that is read" in capsys.readouterr().err
+        assert read.read_text() == before

@@ -224,7 +224,8 @@ def _score(options: argparse.Namespace) -> None:
         raise UserError("--resamples must be at least 1 and --seed at least 0")
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"{options.json.parent}: no such folder for {options.json.name}. Make it first")
-    given = [path for path in vars(options).values() if isinstance(path, Path) and path != options.json] + compared
+    named = {name: path for name, path in vars(options).items() if isinstance(path, Path) and name != "json"}
+    given = [*named.values(), *compared]
     if options.json is not None and any(options.json.resolve() == path.resolve() for path in given):
         raise UserError(f"{options.json}: --json would replace a file that is read. Choose another name")
     lacking = next((path for path in given if not path.exists()), None)

@@ -8,3 +8,7 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(line.strip() for line in message.splitlines() if line.strip()))
+
+
+class MissingFileError(UserError):
+    """A file that is not there, for whoever can do without it."""

@@ -17,7 +17,7 @@ from data_loaders.images import DecodedImages, Images, MeanImages, ShuffledImage
 from data_loaders.loader import evaluation_loader
 from data_loaders.shards import ShardReader, open_index, ring_hash
 from vlm.config import apply_overrides, fingerprint, load_yaml
-from vlm.errors import UserError
+from vlm.errors import MissingFileError, UserError
 from vlm.metrics.submission import merge_predictions
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.models.vision_language import VisionLanguageModel
@@ -73,7 +73,7 @@ def evaluate_answers(
     scores = task.score(questions, predictions)
     try:
         train = task.train_questions(root)
-    except UserError:  # a root for evaluation alone, without the training questions
+    except MissingFileError:  # a root for evaluation alone, without the training questions
         return scores
     return scores | {"question_prior": task.score(questions, task.question_prior(train, questions))[task.headline]}
 

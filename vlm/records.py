@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
-from vlm.errors import UserError
+from vlm.errors import MissingFileError, UserError
 
 CHUNK = 1 << 20  # characters read at a time
 MAX_RECORD_CHARACTERS = 1 << 26  # the largest official records (scene graphs) stay below 1 MB
@@ -57,7 +57,7 @@ class OfficialFile:
             with self.open() as binary:
                 yield binary
         except FileNotFoundError:
-            raise self.error("no such file", self.if_missing) from None
+            raise MissingFileError(f"{self.name}: no such file. {self.if_missing}") from None
         except UnicodeDecodeError as error:
             raise self.error(f"not UTF-8 text ({error.reason} at byte {error.start} of a block)") from None
         except READING_ERRORS as error:

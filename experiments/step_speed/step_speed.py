@@ -134,7 +134,7 @@ def plain_views(module: Pretraining, batch: Batch) -> dict[str, View]:
         if isinstance(objective, Matching) and len(batch.image) > len(batch.text_ids):
             objective = copy.copy(objective)  # the same head
             objective.config = objective.config.model_copy(update={"negatives": "random"})
-        views[name] = objective.view(batch)  # type: ignore[operator]
+        views[name] = objective.view(batch)  # type: ignore[operator]  # ModuleDict forgets the class
     return views
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from data_loaders.shards import ShardReader, open_index, write_shards
 from vlm.cli import main
+from vlm.errors import UserError
 from vlm.evaluation import evaluate_run
 from vlm.run import RunConfig, train
 from vlm.tasks.task import Task
@@ -72,6 +73,23 @@ def test_a_run_scored_again_gives_its_result(make_config: MakeConfig) -> None:
     scores = evaluate_run(folder)
     assert scores == json.loads((folder / "result.json").read_text())["scores"]
     assert json.loads((folder / "scores-gqa-test.json").read_text())["scores"] == scores
+
+
+def test_a_root_without_training_questions_is_enough_to_score_a_run_again(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Without them there is no most frequent answer. Damaged ones are an error, not a score that is left out."""
+    root = tmp_path / "root"
+    shutil.copytree(make_config("finetune").data.prepare(progress=False), root)
+    folder = train(on_folder(make_config("finetune", "task=gqa", "trainer.samples=32"), root))
+    expected = json.loads((folder / "result.json").read_text())["scores"]
+    expected.pop("question_prior")
+    questions = root / "gqa" / "train_balanced_questions.json"
+    questions.write_text("{")
+    with pytest.raises(UserError, match="train_balanced_questions"):
+        evaluate_run(folder)
+    questions.unlink()
+    assert evaluate_run(folder) == expected
 
 
 def test_a_split_without_answers_has_predictions_and_no_scores(
