@@ -285,13 +285,17 @@ def _apply(tree: DictConfig, setting: Override, schema: type[Config]) -> None:
         else:
             names_variant = isinstance(value, dict) and "type" in value
             OmegaConf.update(tree, key, value, merge=not names_variant, force_add=True)
-        for model in _models(_locate(tuple(parent.split(".")), schema)[1]) if parent and value is not None else ():
-            alternatives = getattr(model, "alternatives", ())
-            for other in alternatives if leaf in alternatives else ():
-                if other != leaf:
-                    OmegaConf.update(tree, f"{parent}.{other}", None, force_add=True)
+        if parent and value is not None:
+            for other in _alternatives(tuple(parent.split(".")), leaf, schema):
+                OmegaConf.update(tree, f"{parent}.{other}", None, force_add=True)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"override {setting.input_line!r}: {str(error).splitlines()[0]}") from None
+
+
+def _alternatives(section: KeyPath, field: str, schema: type[Config]) -> list[str]:
+    """The fields that an override of this one drops."""
+    declared = [getattr(model, "alternatives", ()) for model in _models(_locate(section, schema)[1])]
+    return [other for fields in declared if field in fields for other in fields if other != field]
 
 
 def _resolve(composed: DictConfig) -> Any:
