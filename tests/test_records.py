@@ -33,7 +33,7 @@ layouts = st.fixed_dictionaries({"indent": st.none() | st.integers(0, 2), "ensur
 
 
 def read(file: Path, kind: Kind, under: str | None = None) -> list[Any]:
-    return [content for _, content in records(OfficialFile.given(file), kind, under, unique_keys=True)]
+    return [content for _, content in records(OfficialFile.given(file), kind, under)]
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def test_noise_reads_as_the_standard_library_reads_it_or_is_one_error(
 ) -> None:
     (tmp_path / "a.json").write_bytes(content)
     try:
-        found = list(records(OfficialFile.given(tmp_path / "a.json"), kind, under, unique_keys=True))
+        found = list(records(OfficialFile.given(tmp_path / "a.json"), kind, under))
     except UserError as error:
         assert str(error).startswith(str(tmp_path / "a.json"))
         return

@@ -60,7 +60,7 @@ def evaluate_answers(
     scores. Under DDP the ranks share the questions. With a `baseline` everything is the same but what it takes away.
     """
     task = cast(Task, task_of(config))
-    questions = task.read(root, task.evaluation_split)
+    questions = task.evaluation_questions(root)
     if baseline == "most_frequent":
         predictions = task.question_prior(task.train_questions(root), questions, by_text=False)
     else:
@@ -130,7 +130,7 @@ def _tell_of_missing_images(task: Task, root: Path, questions: Sequence[Question
 
 def _name_of(task: Task | RetrievalTask, baseline: Baseline | None) -> str:
     """What a predictions or scores file is about: "vqav2-test", "vqav2-test-shuffled_images"."""
-    split = [task.evaluation_split] if isinstance(task, Task) else []
+    split = [task.evaluation_name] if isinstance(task, Task) else []
     return "-".join([task.type, *split, *([baseline] if baseline else [])])
 
 

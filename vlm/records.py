@@ -8,7 +8,7 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,17 +75,17 @@ class OfficialFile:
 
 
 def records(
-    file: OfficialFile, kind: Kind, under: str | None = None, unique_keys: bool = False
+    file: OfficialFile, kind: Kind, under: str | None = None, foreign: Mapping[str, Collection[str]] | None = None
 ) -> Iterator[tuple[str, Any]]:
     """The place and content of each record of a JSON file, in order; one is in memory at a time.
 
     A list gives ("record 1", content) and so on, an object (its key, content). `under`: the list or object that holds
-    the records is the value of this key of the object at the top. `unique_keys`: look for keys that stand twice inside
-    a record, too, which takes half as long again; among the keys of `kind` "object" they are always looked for. A file
-    that is missing, cut off, not JSON or of another form is a `UserError` that names the last good record.
+    the records is the value of this key of the object at the top. `foreign`: further keys at the top, each with the
+    values by which another file gives itself away. A file that is missing, cut off, not JSON, of another form or with
+    a key twice in one object is a `UserError` that names the last good record.
     """
     with file.text() as text:
-        yield from _Reader(file, text, unique_keys).records(kind, under)
+        yield from _Reader(file, text).records(kind, under, foreign or {})
 
 
 def lines(file: OfficialFile) -> Iterator[tuple[str, str]]:
@@ -105,7 +105,7 @@ def json_lines(file: OfficialFile) -> Iterator[tuple[str, Any]]:
     """The place and content of each line of a file with one JSON value a line."""
     for place, line in lines(file):
         try:
-            yield place, json.loads(line)
+            yield place, json.loads(line, object_pairs_hook=_no_repeats)
         except (ValueError, RecursionError) as error:
             raise file.error(f"{place}: not valid JSON ({error}), or the file is cut off") from None
 
@@ -155,6 +155,13 @@ class Row:
             raise self.wrong(name, "a whole number" if below is None else f"a whole number from 0 to below {below}")
         return value
 
+    def number(self, name: str) -> float:
+        """The number under `name`, of a size that a picture can have."""
+        value = self.content.get(name)
+        if type(value) not in (int, float) or not -1e9 < value < 1e9:  # type: ignore[operator]
+            raise self.wrong(name, "a number")
+        return float(value)  # type: ignore[arg-type]
+
     def identifier(self, name: str) -> str:
         """The text or whole number under `name`, as text."""
         value = self.content.get(name)
@@ -199,13 +206,15 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 class _Reader:
     """Walks through one JSON text and keeps only the record that it is at."""
 
-    def __init__(self, file: OfficialFile, text: io.TextIOWrapper, unique_keys: bool) -> None:
+    def __init__(self, file: OfficialFile, text: io.TextIOWrapper) -> None:
         self.file, self.text = file, text
         self.buffer, self.at, self.ended = "", 0, False
-        self.decode = json.JSONDecoder(object_pairs_hook=_no_repeats if unique_keys else None).raw_decode
+        self.decode = json.JSONDecoder(object_pairs_hook=_no_repeats).raw_decode
         self.place = "the start"  # what errors name
 
-    def records(self, kind: Kind, under: str | None) -> Iterator[tuple[str, Any]]:
+    def records(
+        self, kind: Kind, under: str | None, foreign: Mapping[str, Collection[str]]
+    ) -> Iterator[tuple[str, Any]]:
         if under is None:
             yield from self.sequence(kind, "the file")
         else:
@@ -213,7 +222,11 @@ class _Reader:
                 self.fail(f"expected an object with {shown(under)} at the top", OTHER_FILE)
             found = False
             for key in self.keys("the file"):
-                if key != under:
+                if key in foreign:
+                    value = self.value()
+                    if isinstance(value, str) and value in foreign[key]:
+                        raise self.file.error(f"{shown(key)} is {shown(value)}", OTHER_FILE)
+                elif key != under:
                     self.skip()
                 elif found:
                     raise self.file.error(f"{shown(key)} stands twice")

@@ -53,6 +53,7 @@ class Question:
     answers: tuple[str, ...] = ()
     group: str = ""  # answer type (VQAv2), structural type (GQA) or what consistency is counted over (NLVR2)
     kind: str = ""  # question type, where it is another thing than the group (VQAv2: "what color is the")
+    counts: bool = True  # False: answered for other scores' sake, but in no accuracy (GQA's unbalanced questions)
 
 
 @dataclass(slots=True)

@@ -211,6 +211,33 @@ def test_the_gqa_vocabulary_holds_the_answers_of_train_and_validation(tmp_path: 
     assert GQATask().target(GQATask().read(tmp_path, "test")[0], {"red": 0}) == {}
 
 
+def test_gqa_answers_all_questions_of_a_split_and_counts_the_balanced_ones(tmp_path: Path) -> None:
+    write_gqa(tmp_path, "val", ["red", "blue"])
+    rows = json.loads((tmp_path / "gqa" / "val_balanced_questions.json").read_text())
+    rows["val-9"] = rows["val-0"] | {"answer": "green", "isBalanced": False}
+    (tmp_path / "gqa" / "val_all_questions.json").write_text(json.dumps(rows))
+    task = GQATask(evaluation_split="validation", evaluate_on="all")
+    questions = task.evaluation_questions(tmp_path)
+    assert {question.id: question.counts for question in questions} == {"val-0": True, "val-1": True, "val-9": False}
+    assert task.score(questions, dict.fromkeys(rows, "red"))["accuracy"] == 50
+    assert [question.id for question in task.read(tmp_path, "validation")] == ["val-0", "val-1"]  # while training
+    assert (task.evaluation_name, GQATask().evaluation_name) == ("validation-all", "test")
+    rows["val-9"]["isBalanced"] = "no"
+    (tmp_path / "gqa" / "val_all_questions.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r'question val-9: "isBalanced" must be true or false. Got "no"'):
+        task.evaluation_questions(tmp_path)
+
+
+def test_a_gqa_question_in_two_chunks_names_the_second(tmp_path: Path) -> None:
+    write_gqa(tmp_path, "train", ["red"] * 3)
+    chunks = tmp_path / "gqa" / "train_all_questions"
+    chunks.mkdir()
+    for number in range(2):
+        shutil.copy(tmp_path / "gqa" / "train_balanced_questions.json", chunks / f"train_all_questions_{number}.json")
+    with pytest.raises(UserError, match=r"questions_1\.json: question train-0 stands in an earlier chunk too"):
+        GQATask(train_on="all").read(tmp_path, "train")
+
+
 def test_train_fractions_are_nested_and_exact(tmp_path: Path) -> None:
     write_gqa(tmp_path, "train", ["red"] * 200)
     parts = [
@@ -342,6 +369,27 @@ def write_images_of_two_questions(root: Path, split: str, images: Iterable[int])
     folder.mkdir(exist_ok=True)
     (folder / f"v2_OpenEnded_mscoco_{split}_questions.json").write_text(json.dumps({"questions": questions}))
     (folder / f"v2_mscoco_{split}_annotations.json").write_text(json.dumps({"annotations": said}))
+
+
+@pytest.mark.parametrize("kind", ["questions", "annotations"])
+def test_a_vqav2_file_of_another_split_gives_itself_away(tmp_path: Path, kind: str) -> None:
+    write_vqav2(tmp_path, "val2014", [["red"] * 10])
+    file = next((tmp_path / "vqav2").glob(f"*_{kind}.json"))
+    content = json.loads(file.read_text())
+    for subtype in ("val2014", "something else", 7):  # only the name of another split is proof
+        file.write_text(json.dumps({"data_subtype": subtype} | content))
+        assert len(VQAv2Task().read(tmp_path, "validation")) == 1
+    file.write_text(json.dumps(content | {"data_subtype": "train2014"}))
+    with pytest.raises(UserError, match=rf'{kind}\.json: "data_subtype" is "train2014"\. Is it another file'):
+        VQAv2Task().read(tmp_path, "validation")
+
+
+def test_a_key_that_stands_twice_in_an_annotation_is_named(tmp_path: Path) -> None:
+    write_vqav2(tmp_path, "val2014", [["red"] * 10, ["blue"] * 10])
+    file = tmp_path / "vqav2" / "v2_mscoco_val2014_annotations.json"
+    file.write_text(file.read_text().replace('{"answer": "blue"}', '{"answer": "blue", "answer": "red"}', 1))
+    with pytest.raises(UserError, match=r'annotations\.json: after record 1: the key "answer" stands twice'):
+        VQAv2Task().read(tmp_path, "validation")
 
 
 def test_vqav2_files_of_different_releases_are_refused(tmp_path: Path) -> None:

@@ -75,6 +75,33 @@ def test_a_run_scored_again_gives_its_result(make_config: MakeConfig) -> None:
     assert json.loads((folder / "scores-gqa-test.json").read_text())["scores"] == scores
 
 
+def test_answers_to_all_gqa_questions_give_consistency_and_leave_accuracy_as_it_is(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Each balanced question entails an unbalanced one, whose answer it shares and which counts in no accuracy."""
+    root = tmp_path / "root"
+    shutil.copytree(make_config("finetune").data.prepare(progress=False), root)
+    balanced = json.loads((root / "gqa" / "testdev_balanced_questions.json").read_text())
+    others = {f"{key}-other": row | {"isBalanced": False, "entailed": []} for key, row in balanced.items()}
+    every = others | {key: row | {"entailed": [f"{key}-other"]} for key, row in balanced.items()}
+    (root / "gqa" / "testdev_all_questions.json").write_text(json.dumps(every))
+    folder = train(on_folder(make_config("finetune", "task=gqa", "trainer.samples=128"), root))
+    alone = json.loads((folder / "result.json").read_text())["scores"]
+    assert 0 < alone["accuracy"] < 100
+    assert evaluate_run(folder, ["task.evaluate_on=all"]) == alone
+
+    predictions = folder / "predictions-gqa-test-all.json"
+    assert len(json.loads(predictions.read_text())) == len(every) == 2 * len(balanced)
+    questions = root / "gqa" / "testdev_all_questions.json"
+    output = tmp_path / "scores.json"
+    files = ["--questions", str(questions), "--all-questions", str(questions), "--json", str(output)]
+    assert main(["score", "gqa", str(predictions), *files]) == 0
+    scores = json.loads(output.read_text())
+    assert scores["accuracy"] == pytest.approx(alone["accuracy"])
+    assert scores["num_questions"] == len(balanced)
+    assert scores["consistency"] == 100  # the same words about the same picture have the same answer
+
+
 def test_a_root_without_training_questions_is_enough_to_score_a_run_again(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

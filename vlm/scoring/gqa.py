@@ -207,18 +207,11 @@ def _read_regions(scenes: Path, questions: Mapping[str, Question]) -> dict[str, 
 
 def _region(scene: Row, name: str) -> Region:
     box = scene.inside("objects").inside(name)
-    width, height = _number(scene, "width"), _number(scene, "height")
+    width, height = scene.number("width"), scene.number("height")
     if width <= 0 or height <= 0:
         raise scene.error(f"an image of {width} by {height} pixels")
-    x, y, w, h = (_number(box, side) for side in "xywh")
+    x, y, w, h = map(box.number, "xywh")
     return x / width, y / height, (x + w) / width, (y + h) / height
-
-
-def _number(row: Row, name: str) -> float:
-    value = row.content.get(name)
-    if type(value) not in (int, float) or not -1e9 < value < 1e9:  # type: ignore[operator]
-        raise row.wrong(name, "a number")
-    return float(value)  # type: ignore[arg-type]
 
 
 def _require(path: Path, questions: Mapping[str, Question], found: Mapping[str, Any], what: str) -> None:

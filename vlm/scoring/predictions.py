@@ -81,7 +81,7 @@ def complete(
 
 def _rows(path: Path) -> Iterator[Row]:
     file = OfficialFile.given(path)
-    return (Row(file, place, content) for place, content in records(file, "list", unique_keys=True))
+    return (Row(file, place, content) for place, content in records(file, "list"))
 
 
 def _add(row: Row, predictions: dict[Id, str], key: Id, answer: str) -> None:

@@ -78,7 +78,8 @@ def _print_scores(console: Console, scoring: Scoring, bounds: Mapping[Name, Inte
         over = f"{len(sample.values if sample else scored.tally.samples['accuracy',].values):,}"
         table.add_row(_label(name), _number(scoring, scored.tally.value(name)), _bounds(scoring, bounds[name]), over)
     console.print(table)
-    _print_notes(console, scored)
+    _print_missing(console, scored)
+    _print_not_computed(console, scored.tally.not_computed)
 
 
 def _print_differences(console: Console, scoring: Scoring, differences: Mapping[Name, tuple[float, Interval]]) -> None:
@@ -92,14 +93,18 @@ def _print_differences(console: Console, scoring: Scoring, differences: Mapping[
         table.add_row(_label(name), *(_number(scoring, value) for value in values), _bounds(scoring, bounds))
     console.print(table)
     for scored in scoring.files:
-        _print_notes(console, scored)
+        _print_missing(console, scored)
+    _print_not_computed(console, first.tally.not_computed | second.tally.not_computed)
 
 
-def _print_notes(console: Console, scored: Scored) -> None:
+def _print_missing(console: Console, scored: Scored) -> None:
     if scored.num_missing:
         missing = f"{scored.num_missing:,} of {scored.num_needed:,} predictions are missing and count as wrong"
         console.print(Text(_printable(f"{scored.file}: {missing}")), style="bold", soft_wrap=True)
-    for name, reason in scored.tally.not_computed.items():
+
+
+def _print_not_computed(console: Console, reasons: Mapping[str, str]) -> None:
+    for name, reason in reasons.items():
         console.print(f"not computed: {name}: {reason}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +16,11 @@ IMAGE_ID = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 
 class GQATask(Task):
-    """Cross-entropy over the answers of train and validation. Answers are compared exactly."""
+    """Cross-entropy over the answers of train and validation. Answers are compared exactly.
+
+    With `evaluate_on=all` the unbalanced questions of the evaluation split are answered as well. Accuracy stays over
+    the balanced ones, as the authors have it; consistency (`vlm score gqa --all-questions`) needs the answers to all.
+    """
 
     splits: ClassVar[Mapping[str, str]] = {
         "train": "train",
@@ -27,12 +32,19 @@ class GQATask(Task):
     type: Literal["gqa"] = "gqa"
     evaluation_split: Literal["train", "validation", "test", "submission"] = "test"
     train_on: Literal["balanced", "all"] = "balanced"  # 943,000 or 14,305,356 questions
+    evaluate_on: Literal["balanced", "all"] = "balanced"
     answer_vocabulary: Path | None = None  # a JSON list of answers in the order of their labels; None: built
 
     def read(self, root: Path, split: str) -> list[Question]:
         name = self.official_split(split)
-        kind = "all" if name == "submission" or (name == "train" and self.train_on == "all") else "balanced"
-        return self._read(root, name, kind)
+        return self._read(root, name, self.train_on if name == "train" else "balanced")
+
+    def evaluation_questions(self, root: Path) -> list[Question]:
+        return self._read(root, self.official_split(self.evaluation_split), self.evaluate_on)
+
+    @property
+    def evaluation_name(self) -> str:
+        return self.evaluation_split + "-all" * (self.evaluate_on == "all")
 
     def vocabulary(self, root: Path) -> tuple[str, ...]:
         """The answers of balanced train and validation, whatever is trained on."""
@@ -45,20 +57,22 @@ class GQATask(Task):
         return {answer_ids[answer]: 1.0 for answer in question.answers if answer in answer_ids}
 
     def score(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
+        counted = [question for question in questions if question.counts]
         return accuracy_by_group(
-            questions, [float(predicted(question, predictions) in question.answers) for question in questions]
+            counted, [float(predicted(question, predictions) in question.answers) for question in counted]
         )
 
     def official(self, question: Question, answer: str) -> dict[str, Any]:
         return {"questionId": question.id, "prediction": answer}
 
     def _read(self, root: Path, name: str, kind: str) -> list[Question]:
-        """The questions of one official file, or of its chunks."""
-        folder, stem = root / "gqa", f"{name}_{kind}_questions"
-        chunks = sorted((folder / stem).glob(f"{stem}_*.json"))
-        files = [OfficialFile.at(file) for file in chunks or [folder / f"{stem}.json"]]
+        """The questions of one official file, or of its chunks. Submission has but one, of all."""
         labelled = name != "submission"
-        return unique((question for file in files for question in read_questions(file, labelled)), files[0])
+        folder, stem = root / "gqa", f"{name}_{kind if labelled else 'all'}_questions"
+        chunks = sorted((folder / stem).glob(f"{stem}_*.json"))
+        return unique(
+            partial(read_questions, labelled=labelled), *map(OfficialFile.at, chunks or [folder / f"{stem}.json"])
+        )
 
 
 def read_questions(file: OfficialFile, labelled: bool = True) -> Iterator[Question]:
@@ -71,4 +85,7 @@ def read_questions(file: OfficialFile, labelled: bool = True) -> Iterator[Questi
         answers = (row.text("answer"),) if labelled else ()
         has_types = row.content.get("types") is not None
         group = row.inside("types").text("structural", default="") if has_types else ""
-        yield Question(question_id, row.text("question"), (key,), answers, group)
+        balanced = row.content.get("isBalanced", True)
+        if not isinstance(balanced, bool):
+            raise row.wrong("isBalanced", "true or false")
+        yield Question(question_id, row.text("question"), (key,), answers, group, counts=balanced)

@@ -26,7 +26,7 @@ class NLVR2Task(Task):
 
     def read(self, root: Path, split: str) -> list[Question]:
         file = OfficialFile.at(root / "nlvr2" / f"{self.official_split(split)}.json")
-        return unique(read_questions(file), file)
+        return unique(read_questions, file)
 
     def vocabulary(self, root: Path) -> tuple[str, ...]:
         return self.ANSWERS

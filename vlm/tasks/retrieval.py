@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -27,12 +27,13 @@ class RetrievalTask(Config):
     sets: tuple[str, ...] = Field(("captions",), min_length=1)
 
     def read(self, root: Path, name: str) -> list[Question]:
-        file = OfficialFile.at(root / "retrieval" / f"{name}.json")
-        return unique((_question(Row(file, place, value)) for place, value in records(file, "list")), file)
+        return unique(_read, OfficialFile.at(root / "retrieval" / f"{name}.json"))
 
 
-def _question(row: Row) -> Question:
-    return Question(row.identifier("id"), row.text("text"), (row.text("image_key"),))
+def _read(file: OfficialFile) -> Iterator[Question]:
+    for place, value in records(file, "list"):
+        row = Row(file, place, value)
+        yield Question(row.identifier("id"), row.text("text"), (row.text("image_key"),))
 
 
 Rank = tuple[int, int]

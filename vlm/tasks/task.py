@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,6 +40,15 @@ class Task(Config):
 
         A question whose answers are all outside the vocabulary is among them, and so is one whose image is missing.
         """
+
+    def evaluation_questions(self, root: Path) -> list[Question]:
+        """The questions whose answers make the final scores; those that do not count are answered all the same."""
+        return self.read(root, self.evaluation_split)
+
+    @property
+    def evaluation_name(self) -> str:
+        """What names the files of an evaluation."""
+        return self.evaluation_split
 
     @abstractmethod
     def vocabulary(self, root: Path) -> tuple[str, ...]:
@@ -127,13 +136,15 @@ def read_texts(path: Path) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def unique(questions: Iterable[Question], file: OfficialFile) -> list[Question]:
-    """The questions; an id that occurs twice is an error."""
+def unique(read: Callable[[OfficialFile], Iterable[Question]], *files: OfficialFile) -> list[Question]:
+    """The questions of all files, in order; an id that occurs twice is an error."""
     by_id: dict[str, Question] = {}
-    for question in questions:
-        if question.id in by_id:
-            raise file.error(f"question {question.id} occurs twice")
-        by_id[question.id] = question
+    for file in files:
+        for question in read(file):
+            if question.id in by_id:
+                where = "stands in an earlier chunk too" if file is not files[0] else "occurs twice"
+                raise file.error(f"question {question.id} {where}")
+            by_id[question.id] = question
     return list(by_id.values())
 
 

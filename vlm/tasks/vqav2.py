@@ -139,7 +139,7 @@ class Annotation:
 
 def read_annotations(file: OfficialFile) -> Iterator[Annotation]:
     """The annotations of a file, one at a time."""
-    for place, value in records(file, "list", "annotations"):
+    for place, value in records(file, "list", "annotations", _other_splits(file)):
         question_id = Row(file, place, value).whole("question_id", below=10**15)
         row = Row(file, f"question {question_id}", value)
         answers = []
@@ -169,7 +169,7 @@ def read_questions(file: OfficialFile, annotations: OfficialFile | None) -> Iter
         known[annotation.question_id] = annotation
     seen: set[int] = set()
     split = _split_of(file)
-    for place, value in records(file, "list", "questions"):
+    for place, value in records(file, "list", "questions", _other_splits(file)):
         question_id = Row(file, place, value).whole("question_id", below=10**15)
         row = Row(file, f"question {question_id}", value)
         if question_id in seen:
@@ -216,8 +216,15 @@ def read_minival(file: OfficialFile, held_out: Sequence[Question]) -> set[str]:
 
 
 def _split_of(file: OfficialFile) -> str:
-    """The split that a questions file is named after."""
-    return next(name for name in VQAv2Task.splits.values() if file.name.endswith(questions_name(name)))
+    """The split that a file is named after."""
+    names = VQAv2Task.splits.values()
+    return next(name for name in names if file.name.endswith((questions_name(name), annotations_name(name))))
+
+
+def _other_splits(file: OfficialFile) -> dict[str, set[str]]:
+    """What the head of a file says if its content is another split's. test-dev2015 is a part of test2015."""
+    own = {_split_of(file), _split_of(file).replace("test-dev", "test")}
+    return {"data_subtype": set(VQAv2Task.splits.values()) - own}
 
 
 @lru_cache(maxsize=1 << 20)
