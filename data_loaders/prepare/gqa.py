@@ -2,21 +2,28 @@
 
 Expected anywhere under the release's folder, unpacked or in zips: `{split}_balanced_questions.json` of train, val and
 testdev, `submission_all_questions.json`, and the images by their ids. Kept where they are there: the files of all
-questions (`{split}_all_questions.json`; those of train also as ten chunks), which consistency is counted over and
-which `task.train_on=all` trains on; `{split}_sceneGraphs.json` and `{split}_choices.json`, which other scores need.
+questions (`{split}_all_questions.json`; those of train also as ten chunks), which consistency is counted over
+(`task.evaluate_on=all`) and which `task.train_on=all` trains on; `{split}_sceneGraphs.json` and
+`{split}_choices.json`, which other scores need.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data_loaders.prepare.preparation import Options, Preparation, preparation
+from data_loaders.shards import ring_hash
 from vlm.config import Config
 from vlm.errors import UserError
 from vlm.records import OfficialFile, Row, records
 from vlm.tasks.gqa import GQATask, read_questions
+from vlm.types import Question
 
 NUM_CHUNKS = 10  # of the official train_all_questions
 LICENCES = {
@@ -40,22 +47,37 @@ def prepare_gqa(config: GQAPreparerConfig, options: Options) -> None:
         files = {split: f"{name}_{_kind(name)}_questions.json" for split, name in GQATask.splits.items()}
         for split in work.splits(config.splits, files, find):
             name, file = GQATask.splits[split], files[split]
-            copy = work.copy(find(file), file)
-            work.ask(split, read_questions(copy, labelled=name != "submission"), training=split == "train")
-            if name == "submission":
+            labelled, training = name != "submission", split == "train"
+            asked = Asked()
+            work.ask(split, asked.noted(read_questions(work.copy(find(file), file), labelled)), training)
+            if not labelled:
                 continue
             if config.all_questions:
-                _keep_all_questions(work, split, name)
-            for kind in ("sceneGraphs", "choices"):
-                _keep(work, f"{name}_{kind}.json", wanted=not (kind == "sceneGraphs" and name == "testdev"))
+                _keep_all_questions(work, split, name, asked)
+            _keep(work, f"{name}_choices.json", _choices, asked.questions)
+            _keep(work, f"{name}_sceneGraphs.json", _scene_graphs, asked.images, wanted=name != "testdev")
+
+
+class Asked:
+    """The ids of a split's balanced questions and of their images."""
+
+    def __init__(self) -> None:
+        self.questions: set[str] = set()
+        self.images: set[str] = set()
+
+    def noted(self, questions: Iterable[Question]) -> Iterator[Question]:
+        for question in questions:
+            self.questions.add(question.id)
+            self.images.update(question.image_keys)
+            yield question
 
 
 def _kind(name: str) -> str:
     return "all" if name == "submission" else "balanced"
 
 
-def _keep_all_questions(work: Preparation, split: str, name: str) -> None:
-    """The file of all questions of a split, or its chunks, of which there must be all ten."""
+def _keep_all_questions(work: Preparation, split: str, name: str, asked: Asked) -> None:
+    """The file of all questions of a split, or its chunks, of which there must be all ten. Their images are wanted."""
     stem = f"{name}_all_questions"
     chunks = {n: f"{stem}_{n}.json" for n in range(NUM_CHUNKS)}
     here = [number for number, file in chunks.items() if work.release.find(file)]
@@ -71,23 +93,80 @@ def _keep_all_questions(work: Preparation, split: str, name: str) -> None:
             problem = f"lacks {lacking[0]}" if lacking else f"holds {unknown[0]} besides"
             raise UserError(f"{work.release.folder}: {stem} has {NUM_CHUNKS} chunks; the release {problem}")
         places = {file: f"{stem}/{file}" for file in chunks.values()}
-    for file, to in places.items():
-        copy = work.copy(work.release.find(file), to)
-        if name == "train":
-            work.ask(f"{split}, all questions", read_questions(copy), training=True)
-        else:
-            work.check(to, read_questions(copy))
+    copies = [work.copy(work.release.find(file), to) for file, to in places.items()]
+    missing = set(asked.questions)
+    hashes = array("q")
+    for copy in copies:
+
+        def noted(questions: Iterable[Question]) -> Iterator[Question]:
+            for question in questions:
+                missing.discard(question.id)
+                hashes.append(ring_hash(question.id))
+                yield question
+
+        work.ask(f"{split}, all questions", noted(read_questions(copy)), training=name == "train")
+    _refuse_repeated(copies, np.frombuffer(hashes, dtype=np.int64))
+    if missing:
+        chunk = "" if len(copies) == 1 else "nor has another chunk; "
+        raise copies[0].error(
+            f"has no question {min(missing)} of {name}_balanced_questions.json; {chunk}the two are of different splits"
+        )
 
 
-def _keep(work: Preparation, name: str, wanted: bool) -> None:
-    """A file that scores need, checked to be one object of objects."""
-    if found := work.release.find(name):
-        work.check(name, _objects(work.copy(found, name)))
-    elif wanted:
-        work.absent(name)
+def _refuse_repeated(chunks: Sequence[OfficialFile], hashes: NDArray[np.int64]) -> None:
+    """A question in two chunks is an error. 14 million ids are compared by hash, and only if two agree by name."""
+    ordered = np.sort(hashes)
+    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not suspects:
+        return
+    seen: dict[str, OfficialFile] = {}
+    for chunk in chunks:
+        for key, _ in records(chunk, "object"):
+            if ring_hash(key) in suspects and seen.setdefault(key, chunk) is not chunk:
+                raise chunk.error(f"question {key} stands in {seen[key].name} too")
 
 
-def _objects(file: OfficialFile) -> Iterator[str]:
+Check = Callable[[OfficialFile], Iterator[str]]
+
+
+def _keep(work: Preparation, name: str, check: Check, of: Collection[str], wanted: bool = True) -> None:
+    """A file that scores need. Each record must be in order, and some must be `of` the split."""
+    found = work.release.find(name)
+    if not found:
+        if wanted:
+            work.absent(name)
+        return
+    copy, strangers = work.copy(found, name), True
+
+    def noted(keys: Iterable[str]) -> Iterator[str]:
+        nonlocal strangers
+        for key in keys:
+            strangers = strangers and key not in of
+            yield key
+
+    work.check(name, noted(check(copy)))
+    if strangers:
+        raise copy.error("has nothing on the questions of its split. Is it another split's?")
+
+
+def _choices(file: OfficialFile) -> Iterator[str]:
+    """The questions of a file of choices."""
     for key, value in records(file, "object"):
-        Row(file, f'record "{key}"', value)
+        row = Row(file, f'question "{key}"', value)
+        for name in ("valid", "plausible"):
+            row.list_of(name, str, "texts")
+        yield key
+
+
+def _scene_graphs(file: OfficialFile) -> Iterator[str]:
+    """The images of a file of scene graphs."""
+    for key, value in records(file, "object"):
+        scene = Row(file, f'image "{key}"', value)
+        for side in ("width", "height"):
+            if scene.number(side) <= 0:
+                raise scene.wrong(side, "a number above 0")
+        objects = scene.inside("objects")
+        for name in objects.content:
+            for side in "xywh":
+                objects.inside(name).number(side)
         yield key

@@ -63,6 +63,11 @@ class Preparation:
         self.copied: dict[str, dict[str, Any]] = {}  # official name -> source, bytes, sha256, records
         self.asked: dict[str, Counter[tuple[str, ...]]] = {}  # split -> images of a question -> questions
 
+    @property
+    def refusal(self) -> Path:
+        """Where the report of a preparation lies that lost too many images, beside the folder that it did not make."""
+        return self.options.root / f"{self.report.task}-{REPORT}"
+
     def copy(self, entries: list[Entry], to: str) -> OfficialFile:
         """Copy a file byte for byte to `to`; what is returned reads the copy under the name of its source."""
         entry = self.release.only(entries)
@@ -205,10 +210,11 @@ class Preparation:
             return
         report.count(self.asked)
         report.show(self.console)
+        self.refusal.write_text(json.dumps(report.as_json(), indent=1, ensure_ascii=False), encoding="utf-8")
         raise UserError(
             f"{self.options.source}: {len(report.lost):,} of {report.images:,} images are missing or unreadable "
             f"({report.lost_fraction:.4%}), such as {min(report.lost)}; --max-missing {self.options.max_missing:g} "
-            "allows fewer. Download them again, or raise it"
+            f"allows fewer. {self.refusal} names them all. Download them again, or allow more"
         )
 
     def _archives(self) -> dict[str, dict[str, Any]]:
@@ -279,6 +285,7 @@ def preparation(task: str, options: Options, licences: dict[str, str]) -> Iterat
                 os.replace(target, former)
             os.replace(partial, target)
             shutil.rmtree(former, ignore_errors=True)
+            work.refusal.unlink(missing_ok=True)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):  # the release's own faults are named as such before

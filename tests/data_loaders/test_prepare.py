@@ -109,16 +109,18 @@ def vqav2_files(images: Sequence[int] = (1, 2, 3)) -> dict[str, bytes | str]:
 
 
 def gqa_files() -> dict[str, bytes | str]:
-    def rows(prefix: str, number: int, labelled: bool = True) -> str:
+    def rows(prefix: str, number: int, labelled: bool = True, first: int = 0) -> str:
         row = {"question": "what?", "types": {"structural": "query"}} | ({"answer": "red"} if labelled else {})
-        return json.dumps({f"{prefix}{n}": row | {"imageId": f"n{n}"} for n in range(number)})
+        return json.dumps({f"{prefix}{n}": row | {"imageId": f"n{n % 4}"} for n in range(first, first + number)})
 
     files: dict[str, bytes | str] = {
         f"{name}_balanced_questions.json": rows(name, 3) for name in ("train", "val", "testdev")
     }
-    files |= {f"train_all_questions/train_all_questions_{n}.json": rows(f"{n}-", 4) for n in range(10)}
+    files |= {f"train_all_questions/train_all_questions_{n}.json": rows("train", 4, first=4 * n) for n in range(10)}
     files |= {"val_all_questions.json": rows("val", 4), "submission_all_questions.json": rows("s", 2, labelled=False)}
-    files |= {"train_sceneGraphs.json": '{"n1": {"objects": {}}}', "val_choices.json": '{"val1": {"valid": ["red"]}}'}
+    box = {"x": 1, "y": 2, "w": 3, "h": 4.5, "name": "dog"}
+    files["train_sceneGraphs.json"] = json.dumps({"n1": {"width": 9, "height": 9, "objects": {"7": box}}})
+    files["val_choices.json"] = '{"val1": {"valid": ["red"], "plausible": []}}'
     return files | {f"images/n{n}.jpg": picture(n) for n in range(4)}
 
 
@@ -228,6 +230,7 @@ def test_the_report_counts_questions_images_and_absent_files(
         "train": (3, 3),
         "train, all questions": (40, 4),
         "validation": (3, 3),
+        "validation, all questions": (4, 4),
         "test": (3, 3),
     }
     assert report["images"]["asked_for"] == report["images"]["found"] == 4
@@ -275,8 +278,14 @@ def test_lost_images_are_an_error_that_counts_and_names_them(
     for allowed in (0, 0.11, 0.5):
         with pytest.raises(UserError, match=r"such as COCO_train2014_000000000001; --max-missing .* allows fewer"):
             prepare_vqav2(VQAv2PreparerConfig(), options(source, tmp_path / "root", allowed))
-        assert list((tmp_path / "root").iterdir()) == []  # whole or not at all
-        assert "COCO_train2014_000000000001" in capsys.readouterr().out  # the report is printed all the same
+        (report,) = (tmp_path / "root").iterdir()  # the data is there whole or not at all, the report always
+        assert report.name == "vqav2-report.json"
+        lost = json.loads(report.read_text())
+        assert lost["missing"] == ["COCO_train2014_000000000001"]
+        assert len(lost["unreadable"]) == (4 if allowed == 0.5 else 0)  # else the missing ones alone are too many
+        assert "COCO_train2014_000000000001" in capsys.readouterr().out
+    prepare_vqav2(VQAv2PreparerConfig(), options(source, tmp_path / "root", 0.6))
+    assert [file.name for file in (tmp_path / "root").iterdir()] == ["vqav2"]
 
 
 def test_lost_images_up_to_the_threshold_are_named_by_reason(tmp_path: Path) -> None:
@@ -394,11 +403,66 @@ def test_copies_of_a_file_must_agree(tmp_path: Path) -> None:
         ("vqav2", {"v2_mscoco_val2014_annotations.json": '{"annotations": []}'}, "question 1000 has no annotation"),
         ("gqa", {"train_all_questions/train_all_questions_4.json": None}, "lacks train_all_questions_4.json"),
         ("gqa", {"train_all_questions/train_all_questions_10.json": "{}"}, "holds train_all_questions_10.json besides"),
-        ("gqa", {"train_sceneGraphs.json": '{"n1": 7}'}, 'train_sceneGraphs.json: record "n1": must be an object'),
+        ("gqa", {"train_sceneGraphs.json": '{"n1": 7}'}, 'train_sceneGraphs.json: image "n1": must be an object'),
         (
             "gqa",
-            {"val_choices.json": '{"n1": {}'},
-            'choices.json: after record "n1": the file is cut off. Download it again',
+            {"train_sceneGraphs.json": '{"n1": {"width": 9, "height": 0, "objects": {}}}'},
+            'train_sceneGraphs.json: image "n1": "height" must be a number above 0. Got 0',
+        ),
+        (
+            "gqa",
+            {"train_sceneGraphs.json": '{"n1": {"width": 9, "height": 9, "objects": {"7": {"x": 1, "y": 1, "w": 1}}}}'},
+            'train_sceneGraphs.json: image "n1", objects, 7: has no "h"; expected a number',
+        ),
+        (
+            "gqa",
+            {"train_sceneGraphs.json": '{"n99": {"width": 9, "height": 9, "objects": {}}}'},
+            "train_sceneGraphs.json: has nothing on the questions of its split",
+        ),
+        (
+            "gqa",
+            {"val_choices.json": '{"val1": {"valid": ["red"], "plausible": "red"}}'},
+            'val_choices.json: question "val1": "plausible" must be a list of texts. Got "red"',
+        ),
+        (
+            "gqa",
+            {"val_choices.json": '{"train1": {"valid": ["red"], "plausible": ["red"]}}'},
+            "val_choices.json: has nothing on the questions of its split",
+        ),
+        (
+            "gqa",
+            {
+                f"train_all_questions/train_all_questions_{n}.json": json.dumps(
+                    {f"train{q}": {"question": "?", "imageId": "n1", "answer": "red"} for q in (n, n + (n == 6))}
+                )
+                for n in range(10)
+            },
+            "train_all_questions_7.json: question train7 stands in",
+        ),
+        (
+            "gqa",
+            {"val_all_questions.json": '{"val0": {"question": "?", "imageId": "n1", "answer": "red"}}'},
+            "val_all_questions.json: has no question val1 of val_balanced_questions.json",
+        ),
+        (
+            "gqa",
+            {"testdev_balanced_questions.json": '{"a": {"imageId": "n1", "answer": "a", "answer": ""}}'},
+            'testdev_balanced_questions.json: after the start: the key "answer" stands twice in one object',
+        ),
+        (
+            "vqav2",
+            {"v2_OpenEnded_mscoco_val2014_questions.json": '{"data_subtype": "train2014", "questions": []}'},
+            'val2014_questions.json: "data_subtype" is "train2014". Is it another file of the release?',
+        ),
+        (
+            "vqav2",
+            {"v2_mscoco_train2014_annotations.json": '{"annotations": [], "data_subtype": "val2014"}'},
+            'train2014_annotations.json: "data_subtype" is "val2014"',
+        ),
+        (
+            "gqa",
+            {"val_choices.json": '{"val1": {"valid": [], "plausible": []}'},
+            'choices.json: after record "val1": the file is cut off. Download it again',
         ),
         ("nlvr2", {"data/dev.json": '{"identifier": 7}'}, 'dev.json: line 1: "identifier" must be text. Got 7'),
         (
