@@ -203,7 +203,7 @@ def test_a_defect_of_the_annotations_names_file_and_record(
 def test_files_in_each_others_place_are_refused(files: Files) -> None:
     vqav2(files)
     swapped = ("vqav2", "results.json", "--annotations", "questions.json", "--questions", "questions.json")
-    assert files.error(*swapped).startswith('questions.json: has no "annotations". Is it another file of the release?')
+    assert files.error(*swapped).startswith('questions.json: has no "annotations". Is it another file?')
     assert files.error("vqav2", "nowhere.json", *VQAV2[2:]).startswith("nowhere.json: no such file")
     assert (
         files.error(*VQAV2, "--json", "nowhere/scores.json") == "nowhere: no such folder for scores.json. Make it first"
@@ -293,6 +293,24 @@ def test_gqa_scores_everything_that_its_files_allow(files: Files) -> None:
     assert (scores["validity"], scores["plausibility"]) == (100, 50)
     # The object is the left half: the first column of 201's map holds 0.75 of the attention, of 202's none.
     assert scores["grounding"] == pytest.approx(100 * 0.75 / 2)
+
+
+def test_gqa_attention_of_five_by_five_needs_to_be_told_from_five_boxes(files: Files) -> None:
+    """The object is the left half: of five columns two and a half, of five boxes the first."""
+    one_map = [[0.2] * 5, *[[0] * 5] * 4]
+    boxes = [[0, 0, 0.5, 1, 0.9], *[[0.5, 0, 1, 1, 0.025]] * 4]
+    wanted = (*GQA, "--attentions", "attentions.json", "--scenes", "scenes.json")
+    for form, attention, grounding in (("maps", one_map, 100), ("boxes", boxes, 90)):
+        gqa(files).write(attentions=[{"questionId": key, "attention": attention} for key in ("201", "202")])
+        assert "5 by 5 numbers are a map of 5 by 5 cells, or five boxes" in files.error(*wanted)
+        assert files(*wanted, "--attention-form", form)["grounding"] == pytest.approx(grounding)
+    gqa(files).write(attentions=[{"questionId": key, "attention": boxes[:3]} for key in ("201", "202")])
+    assert "expected square maps of one size. Got 3 by 5" in files.error(*wanted, "--attention-form", "maps")
+
+
+def test_predictions_for_all_gqa_questions_need_all_questions(files: Files) -> None:
+    gqa(files).write(predictions=ALL_PREDICTIONS)
+    assert "--all-questions" in files.error(*GQA)
 
 
 def test_gqa_counts_balanced_questions_only(files: Files) -> None:
@@ -431,10 +449,11 @@ def test_the_real_dev_set_of_nlvr2_has_its_published_groups_and_majority(files: 
     [
         (
             "identifier,prediction\n",
-            'line 1: the prediction must be True or False, and the file has no header. Got "pred',
+            'line 1: the identifier must be split-set-pair-sentence, without a header above. Got "identifier"',
         ),
         ("dev-0-0-0,1\n", 'line 1: the prediction must be True or False, and the file has no header. Got "1"'),
         ("dev-0-0-0, True\n", "line 1: the prediction must be True or False"),
+        ("dev-0-0-0.png,True\n", "line 1: the identifier must be split-set-pair-sentence, without a header above. Got"),
         ("dev-0-0-0\n", 'line 1: expected identifier,prediction. Got "dev-0-0-0"'),
         ("dev-0-0-0,True,0.9\n", "line 1: expected identifier,prediction"),
         ("dev-0-0-0,True\n\ndev-0-1-0,True\n", "line 2 is empty"),
@@ -606,12 +625,35 @@ def test_a_malformed_file_is_scored_or_is_one_error_never_a_trace(
     if data.draw(st.integers(0, 3)) == 0:
         text = text[: data.draw(st.integers(0, len(text)))]
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
-    status = main(["score", *files.paths(arguments), "--allow-missing", "--resamples", "2"])
+    output = files.folder / "scores"
+    status = main(["score", *files.paths(arguments), "--allow-missing", "--resamples", "2", "--json", str(output)])
     captured = files.capsys.readouterr()
     assert status in (0, 2)
     if status == 2:
         assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
         assert str(files.folder) in captured.err
+    else:
+        scores = json.loads(output.read_text())
+        assert (scores["num_questions"], scores["missing_predictions"]) == counted(files.folder, prepare)
+
+
+def counted(folder: Path, prepare: Callable[[Files], Files]) -> tuple[int, int]:
+    """How many questions there are, and how many more than predictions, counted without our readers."""
+
+    def content(name: str) -> Any:
+        return json.loads((folder / f"{name}.json").read_text("utf-8", "surrogatepass"))
+
+    if prepare is vqav2:
+        num_questions = len(content("annotations")["annotations"])
+        return num_questions, num_questions - len(content("results"))
+    if prepare is gqa:
+        balanced = [row for row in content("questions").values() if row.get("isBalanced", True)]
+        return len(balanced), len(content("all")) - len(content("predictions"))
+    rows = [
+        sum(bool(line.strip()) for line in (folder / name).read_text("utf-8", "surrogatepass").split("\n"))
+        for name in ("dev.json", "predictions.csv")
+    ]
+    return rows[0], rows[0] - rows[1]
 
 
 def test_prediction_files_that_tasks_write_are_read(files: Files) -> None:
@@ -635,3 +677,19 @@ def test_scores_never_replace_a_file_that_is_read(tmp_path: Path, capsys: pytest
         assert main(["score", "nlvr2", str(predictions), "--data", str(data), "--json", str(read)]) == 2
         assert "--json would replace a file that is read" in capsys.readouterr().err
         assert read.read_text() == before
+
+
+def test_scores_are_not_written_among_chunks_that_are_read(files: Files) -> None:
+    gqa(files)
+    folder = files.folder / "chunks"
+    folder.mkdir()
+    (files.folder / "questions.json").rename(folder / "questions_0.json")
+    for name in ("questions_0.json", "scores.json"):
+        chunks = ("gqa", "predictions.json", "--questions", str(folder), "--json", str(folder / name))
+        assert "--json would replace a file that is read, or lie among them" in files.error(*chunks)
+
+
+def test_what_a_terminal_would_obey_is_escaped(files: Files) -> None:
+    gqa(files).write(predictions=[{"questionId": "\x1b[31m" + "9" * 100_000, "prediction": "red"}])
+    error = files.error(*GQA)
+    assert "\\u001b[31m9" in error and len(error) < 1000

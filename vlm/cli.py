@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.verb(options)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -38,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `vlm show pretrain | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _printable(text: str) -> str:
+    """What a stranger's file can make an error quote, without what a terminal would obey or could not show."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escaped.encode("utf-8", "backslashreplace").decode()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,6 +135,9 @@ def _add_score(score: argparse.ArgumentParser) -> None:
         choices="for validity and plausibility",
         scenes="scene graphs: for grounding",
         attentions="of the model: for grounding",
+    )
+    gqa.add_argument(
+        "--attention-form", choices=("maps", "boxes"), help="of the attentions, where their size does not tell"
     )
     nlvr2 = task("nlvr2", "PREDICTIONS.csv", "NLVR2 accuracy and consistency.")
     files(nlvr2, True, data="the official JSON lines of the split, such as dev.json")
@@ -226,8 +235,9 @@ def _score(options: argparse.Namespace) -> None:
         raise UserError(f"{options.json.parent}: no such folder for {options.json.name}. Make it first")
     named = {name: path for name, path in vars(options).items() if isinstance(path, Path) and name != "json"}
     given = [*named.values(), *compared]
-    if options.json is not None and any(options.json.resolve() == path.resolve() for path in given):
-        raise UserError(f"{options.json}: --json would replace a file that is read. Choose another name")
+    taken = {path.resolve() for path in given}
+    if options.json is not None and not taken.isdisjoint((options.json.resolve(), options.json.resolve().parent)):
+        raise UserError(f"{options.json}: --json would replace a file that is read, or lie among them. Choose another")
     lacking = next((path for path in given if not path.exists()), None)
     if lacking is not None:
         raise UserError(f"{lacking}: no such file or folder")
@@ -242,7 +252,7 @@ def _score(options: argparse.Namespace) -> None:
             scoring = score_vqav2(predictions, options.annotations, options.questions, options.rule, missing)
         elif options.task == "gqa":
             truth = (options.questions, options.all_questions, options.choices, options.scenes, options.attentions)
-            scoring = score_gqa(predictions, *truth, missing)
+            scoring = score_gqa(predictions, *truth, missing, options.attention_form)
         else:
             scoring = score_nlvr2(predictions, options.data, options.balanced, options.unbalanced, missing)
         report(scoring, options.json, options.resamples, options.seed)

@@ -20,7 +20,7 @@ CHUNK = 1 << 20  # characters read at a time
 MAX_RECORD_CHARACTERS = 1 << 26  # the largest official records (scene graphs) stay below 1 MB
 NEAR_END = 16  # characters: an error this close to the end of what was read may be a literal or escape that is cut
 SPACES = re.compile(r"[ \t\n\r]*")
-OTHER_FILE = "Is it another file of the release?"
+OTHER_FILE = "Is it another file?"
 
 READING_ERRORS = (OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError)
 """What reading a file, or a member of a zip, can raise. RuntimeError: the member is encrypted."""
@@ -265,6 +265,8 @@ class _Reader:
             yield self.value()
             while self.peek() != "]":
                 self.take(",")
+                if self.peek() == "]":
+                    self.fail("a comma, and no value after it")
                 yield self.value()
         self.take("]")
 

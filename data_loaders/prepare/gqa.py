@@ -4,7 +4,7 @@ Expected anywhere under the release's folder, unpacked or in zips: `{split}_bala
 testdev, `submission_all_questions.json`, and the images by their ids. Kept where they are there: the files of all
 questions (`{split}_all_questions.json`; those of train also as ten chunks), which consistency is counted over
 (`task.evaluate_on=all`) and which `task.train_on=all` trains on; `{split}_sceneGraphs.json` and
-`{split}_choices.json`, which other scores need.
+`{split}_choices.json`, which other scores need. Those may come in chunks, too.
 """
 
 from __future__ import annotations
@@ -49,13 +49,15 @@ def prepare_gqa(config: GQAPreparerConfig, options: Options) -> None:
             name, file = GQATask.splits[split], files[split]
             labelled, training = name != "submission", split == "train"
             asked = Asked()
-            work.ask(split, asked.noted(read_questions(work.copy(find(file), file), labelled)), training)
-            if not labelled:
+            copy = work.copy(find(file), file)
+            if not labelled:  # it may ask what the others ask: its answers are not here
+                work.ask(split, read_questions(copy, labelled))
                 continue
+            work.ask(split, work.apart(copy, asked.noted(read_questions(copy))), training)
             if config.all_questions:
                 _keep_all_questions(work, split, name, asked)
-            _keep(work, f"{name}_choices.json", _choices, asked.questions)
-            _keep(work, f"{name}_sceneGraphs.json", _scene_graphs, asked.images, wanted=name != "testdev")
+            _keep(work, f"{name}_choices", _choices, asked.questions)
+            _keep(work, f"{name}_sceneGraphs", _scene_graphs, asked.images, wanted=name != "testdev")
 
 
 class Asked:
@@ -78,39 +80,41 @@ def _kind(name: str) -> str:
 
 def _keep_all_questions(work: Preparation, split: str, name: str, asked: Asked) -> None:
     """The file of all questions of a split, or its chunks, of which there must be all ten. Their images are wanted."""
-    stem = f"{name}_all_questions"
-    chunks = {n: f"{stem}_{n}.json" for n in range(NUM_CHUNKS)}
-    here = [number for number, file in chunks.items() if work.release.find(file)]
-    if not here:
-        if not work.release.find(f"{stem}.json"):
-            return work.absent(f"{stem}.json")
-        places = {f"{stem}.json": f"{stem}.json"}
-    else:
-        lacking = [file for number, file in chunks.items() if number not in here]
-        beyond = [file for file in work.release.names if re.fullmatch(rf"{stem}_[0-9]+\.json", file)]
-        unknown = sorted(set(beyond) - set(chunks.values()))
-        if lacking or unknown:
-            problem = f"lacks {lacking[0]}" if lacking else f"holds {unknown[0]} besides"
-            raise UserError(f"{work.release.folder}: {stem} has {NUM_CHUNKS} chunks; the release {problem}")
-        places = {file: f"{stem}/{file}" for file in chunks.values()}
-    copies = [work.copy(work.release.find(file), to) for file, to in places.items()]
+    copies = _copies(work, f"{name}_all_questions", num_chunks=NUM_CHUNKS)
+    if not copies:
+        return work.absent(f"{name}_all_questions.json")
     missing = set(asked.questions)
     hashes = array("q")
-    for copy in copies:
 
-        def noted(questions: Iterable[Question]) -> Iterator[Question]:
-            for question in questions:
-                missing.discard(question.id)
-                hashes.append(ring_hash(question.id))
-                yield question
+    def noted(questions: Iterable[Question]) -> Iterator[Question]:
+        for question in questions:
+            missing.discard(question.id)
+            hashes.append(ring_hash(question.id))
+            yield question
 
+    for copy in copies.values():
         work.ask(f"{split}, all questions", noted(read_questions(copy)), training=name == "train")
-    _refuse_repeated(copies, np.frombuffer(hashes, dtype=np.int64))
+    _refuse_repeated(list(copies.values()), np.frombuffer(hashes, dtype=np.int64))
     if missing:
-        chunk = "" if len(copies) == 1 else "nor has another chunk; "
-        raise copies[0].error(
-            f"has no question {min(missing)} of {name}_balanced_questions.json; {chunk}the two are of different splits"
+        raise next(iter(copies.values())).error(
+            f"has no question {min(missing)} of {name}_balanced_questions.json"
+            f"{'' if len(copies) == 1 else ', nor has another chunk'}; the two are of different splits"
         )
+
+
+def _copies(work: Preparation, stem: str, num_chunks: int | None = None) -> dict[str, OfficialFile]:
+    """A file, or the chunks that a large one comes in, numbered from 0; by the place that each was copied to."""
+    numbered = {name: re.fullmatch(rf"{stem}_([0-9]+)\.json", name) for name in work.release.names}
+    here = {name: int(match[1]) for name, match in numbered.items() if match}
+    if not here:
+        entries = work.release.find(f"{stem}.json")
+        return {f"{stem}.json": work.copy(entries, f"{stem}.json")} if entries else {}
+    wanted = {f"{stem}_{number}.json": number for number in range(num_chunks or len(here))}
+    lacking, beyond = (min(a.keys() - b.keys(), default=None) for a, b in ((wanted, here), (here, wanted)))
+    if lacking or beyond:
+        problem = f"lacks {lacking}" if lacking else f"holds {beyond} besides"
+        raise UserError(f"{work.release.folder}: {stem} has {len(wanted)} chunks; the release {problem}")
+    return {f"{stem}/{name}": work.copy(work.release.find(name), f"{stem}/{name}") for name in wanted}
 
 
 def _refuse_repeated(chunks: Sequence[OfficialFile], hashes: NDArray[np.int64]) -> None:
@@ -129,24 +133,26 @@ def _refuse_repeated(chunks: Sequence[OfficialFile], hashes: NDArray[np.int64]) 
 Check = Callable[[OfficialFile], Iterator[str]]
 
 
-def _keep(work: Preparation, name: str, check: Check, of: Collection[str], wanted: bool = True) -> None:
-    """A file that scores need. Each record must be in order, and some must be `of` the split."""
-    found = work.release.find(name)
-    if not found:
+def _keep(work: Preparation, stem: str, check: Check, of: Collection[str], wanted: bool = True) -> None:
+    """A file that scores need. Each record must be in order, and there must be one for all `of` the split."""
+    copies, missing = _copies(work, stem), set(of)
+    if not copies:
         if wanted:
-            work.absent(name)
+            work.absent(f"{stem}.json")
         return
-    copy, strangers = work.copy(found, name), True
 
     def noted(keys: Iterable[str]) -> Iterator[str]:
-        nonlocal strangers
         for key in keys:
-            strangers = strangers and key not in of
+            missing.discard(key)
             yield key
 
-    work.check(name, noted(check(copy)))
-    if strangers:
-        raise copy.error("has nothing on the questions of its split. Is it another split's?")
+    for to, copy in copies.items():
+        work.check(to, noted(check(copy)))
+    if missing:
+        raise next(iter(copies.values())).error(
+            f"has nothing on {min(missing)}, nor on {len(missing) - 1:,} others of {stem.split('_')[0]}_balanced_"
+            "questions.json; it is another split's, or not whole"
+        )
 
 
 def _choices(file: OfficialFile) -> Iterator[str]:

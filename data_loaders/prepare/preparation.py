@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import Progress
 
-from data_loaders.prepare.release import MANIFEST, REMEDY, REPORT, Entry, Release
+from data_loaders.prepare.release import REMEDY, REPORT, Entry, Release
 from data_loaders.prepare.report import SplitYield, YieldReport
 from data_loaders.progress import progress_bar
 from data_loaders.shards import ring_hash, write_ordered_shards
 from data_loaders.transforms import ImageError, decode_image
 from vlm.errors import UserError
-from vlm.records import READING_ERRORS, OfficialFile
-from vlm.tasks.task import MISSING_IMAGES
+from vlm.records import READING_ERRORS, OfficialFile, shown
+from vlm.tasks.task import MANIFEST, MISSING_IMAGES
 from vlm.types import Question, Record
 
 FORMAT = 1
@@ -37,7 +37,7 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class Options:
-    """What a user decides of any preparation. `max_missing`: the fraction of the images that may be lost."""
+    """What a user decides of any preparation. `max_missing`: the fraction of each split's images that may be lost."""
 
     source: Path
     root: Path
@@ -62,6 +62,7 @@ class Preparation:
         self.report = YieldReport(task)
         self.copied: dict[str, dict[str, Any]] = {}  # official name -> source, bytes, sha256, records
         self.asked: dict[str, Counter[tuple[str, ...]]] = {}  # split -> images of a question -> questions
+        self.owners: dict[str, str] = {}  # question -> the file of the one split that has it
 
     @property
     def refusal(self) -> Path:
@@ -127,6 +128,14 @@ class Preparation:
         if entry.questions == before:
             raise UserError(f"{self.options.source}: split {split} holds no question. Download its file again")
 
+    def apart(self, file: OfficialFile, questions: Iterable[Question]) -> Iterator[Question]:
+        """The questions of a split that shares none with another; else what is learnt would be what is scored."""
+        for question in questions:
+            owner = self.owners.setdefault(question.id, file.name)
+            if owner != file.name:
+                raise file.error(f"question {shown(question.id)} is one of {owner} too; one of them is another split's")
+            yield question
+
     def write_images(self) -> None:
         """Write all wanted images as shards, in the order of the hash ring, each once it is known to decode."""
         keys = sorted({key for questions in self.asked.values() for pair in questions for key in pair}, key=ring_hash)
@@ -154,8 +163,8 @@ class Preparation:
                         yield Record(key, data)
 
             index = write_ordered_shards(records(), self.folder / "images")
+        self.report.opened = True
         self._refuse_too_many_lost()
-        self.report.count(self.asked)
         self.images = {"examples": len(index), "fingerprint": index.fingerprint, "shards": list(index.shards)}
 
     def finish(self, licences: dict[str, str]) -> None:
@@ -206,15 +215,20 @@ class Preparation:
 
     def _refuse_too_many_lost(self) -> None:
         report = self.report
-        if report.lost_fraction <= self.options.max_missing:
-            return
         report.count(self.asked)
+        worst = max(report.splits, key=lambda split: report.splits[split].lost_fraction)
+        entry = report.splits[worst]
+        if entry.lost_fraction <= self.options.max_missing:
+            return
         report.show(self.console)
         self.refusal.write_text(json.dumps(report.as_json(), indent=1, ensure_ascii=False), encoding="utf-8")
+        lost = "missing or unreadable" if report.opened else "missing"
+        told = "names them all" if report.opened else "names them; the others were not opened yet"
         raise UserError(
-            f"{self.options.source}: {len(report.lost):,} of {report.images:,} images are missing or unreadable "
-            f"({report.lost_fraction:.4%}), such as {min(report.lost)}; --max-missing {self.options.max_missing:g} "
-            f"allows fewer. {self.refusal} names them all. Download them again, or allow more"
+            f"{self.options.source}: {entry.lost:,} of the {entry.images:,} images of {worst} are {lost} "
+            f"({entry.lost_fraction:.4%}), {len(report.lost):,} of {report.images:,} in all, such as "
+            f"{min(report.lost)}; --max-missing {self.options.max_missing:g} allows fewer. {self.refusal} {told}. "
+            "Download them again, or allow more"
         )
 
     def _archives(self) -> dict[str, dict[str, Any]]:

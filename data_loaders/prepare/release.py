@@ -16,10 +16,11 @@ from typing import cast
 
 from vlm.errors import UserError
 from vlm.records import READING_ERRORS, OfficialFile
+from vlm.tasks.task import MANIFEST
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 REMEDY = "Download it again"
-MANIFEST, REPORT = "manifest.json", "report.json"  # of a prepared folder
+REPORT = "report.json"
 
 
 @dataclass(frozen=True, slots=True, order=True)

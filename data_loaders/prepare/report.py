@@ -24,6 +24,14 @@ class SplitYield:
     unreadable: int = 0
     questions_without_image: int = 0  # left out of training; answered with a grey image in an evaluation
 
+    @property
+    def lost(self) -> int:
+        return self.missing + self.unreadable
+
+    @property
+    def lost_fraction(self) -> float:
+        return self.lost / max(self.images, 1)
+
 
 @dataclass
 class YieldReport:
@@ -33,6 +41,7 @@ class YieldReport:
     files: dict[str, str] = field(default_factory=dict)  # official name -> where it was found, or "absent"
     splits: dict[str, SplitYield] = field(default_factory=dict)
     images: int = 0  # distinct ones that any split asks for
+    opened: bool = False  # whether those that are there have been opened, so that the unreadable ones are known
     missing: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)  # key -> reason
     duplicates: int = 0  # further files of an image that was found; the first that decodes is used
@@ -41,10 +50,6 @@ class YieldReport:
     @property
     def lost(self) -> set[str]:
         return {*self.missing, *self.unreadable}
-
-    @property
-    def lost_fraction(self) -> float:
-        return len(self.lost) / max(self.images, 1)
 
     def count(self, asked: Mapping[str, Counter[tuple[str, ...]]]) -> None:
         """Fill in the splits, from the questions that ask for each image or pair of images."""
@@ -62,7 +67,9 @@ class YieldReport:
 
     def as_json(self) -> dict[str, Any]:
         reasons = {"missing": len(self.missing)} | dict(sorted(Counter(self.unreadable.values()).items()))
-        found = {"asked_for": self.images, "found": self.images - len(self.lost), "lost_by_reason": reasons}
+        found = {"asked_for": self.images, "opened": self.opened, "lost_by_reason": reasons}
+        if self.opened:
+            found["found"] = self.images - len(self.lost)
         return {
             "task": self.task,
             "files": self.files,
@@ -78,11 +85,12 @@ class YieldReport:
         for name in ("questions", "images", "found", "missing", "unreadable", "questions without image"):
             table.add_column(name, justify="right")
         for name, entry in self.splits.items():
-            found = entry.images - entry.missing - entry.unreadable
+            found = entry.images - entry.lost
             fate = " (left out)" if entry.training else " (answered with grey)"
-            numbers = (entry.questions, entry.images, found, entry.missing, entry.unreadable)
+            numbers = (entry.questions, entry.images, found, entry.missing)
+            unreadable = f"{entry.unreadable:,}" if self.opened else "not opened"
             without = f"{entry.questions_without_image:,}{fate if entry.questions_without_image else ''}"
-            table.add_row(name, *(f"{number:,}" for number in numbers), without)
+            table.add_row(name, *(f"{number:,}" for number in numbers), unreadable, without)
         console.print(table)
         absent = [name for name, source in self.files.items() if source == "absent"]
         if absent:

@@ -39,4 +39,7 @@ def prepare_vqav2(config: VQAv2PreparerConfig, options: Options) -> None:
                 annotations = work.copy(found, name)
             elif split in ("train", "validation"):
                 raise UserError(f"{release.folder}: {name}, which split {split} needs, is not here")
-            work.ask(split, read_questions(questions, annotations), training=split == "train")
+            asked = read_questions(questions, annotations)
+            if split != "test_dev":  # a part of test
+                asked = work.apart(questions, asked)
+            work.ask(split, asked, training=split == "train")

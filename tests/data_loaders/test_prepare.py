@@ -83,10 +83,12 @@ def manifest_of(root: Path, task: str) -> dict[str, Any]:
 def vqav2_files(images: Sequence[int] = (1, 2, 3)) -> dict[str, bytes | str]:
     """Two questions an image in each split; test-dev2015 asks about the first image of test2015."""
     files: dict[str, bytes | str] = {}
-    for split in ("train2014", "val2014", "test2015", "test-dev2015"):
+    for split, first in (("train2014", 0), ("val2014", 10_000), ("test2015", 20_000), ("test-dev2015", 20_000)):
         asked = images[:1] if split == "test-dev2015" else images
         rows = [
-            {"question_id": i * 1000 + n, "image_id": i, "question": f"what is {n}?"} for i in asked for n in (0, 1)
+            {"question_id": first + i * 1000 + n, "image_id": i, "question": f"what is {n}?"}
+            for i in asked
+            for n in (0, 1)
         ]
         files[f"v2_OpenEnded_mscoco_{split}_questions.json"] = json.dumps({"info": {}, "questions": rows})
         if not split.startswith("test"):
@@ -119,8 +121,9 @@ def gqa_files() -> dict[str, bytes | str]:
     files |= {f"train_all_questions/train_all_questions_{n}.json": rows("train", 4, first=4 * n) for n in range(10)}
     files |= {"val_all_questions.json": rows("val", 4), "submission_all_questions.json": rows("s", 2, labelled=False)}
     box = {"x": 1, "y": 2, "w": 3, "h": 4.5, "name": "dog"}
-    files["train_sceneGraphs.json"] = json.dumps({"n1": {"width": 9, "height": 9, "objects": {"7": box}}})
-    files["val_choices.json"] = '{"val1": {"valid": ["red"], "plausible": []}}'
+    scene = {"width": 9, "height": 9, "objects": {"7": box}}
+    files["train_sceneGraphs.json"] = json.dumps({f"n{n}": scene for n in range(4)})
+    files["val_choices.json"] = json.dumps({f"val{n}": {"valid": ["red"], "plausible": []} for n in range(4)})
     return files | {f"images/n{n}.jpg": picture(n) for n in range(4)}
 
 
@@ -275,22 +278,23 @@ def test_lost_images_are_an_error_that_counts_and_names_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write(tmp_path / "files", damaged(vqav2_files()))
-    for allowed in (0, 0.11, 0.5):
+    for allowed in (0, 0.3, 0.99):
         with pytest.raises(UserError, match=r"such as COCO_train2014_000000000001; --max-missing .* allows fewer"):
             prepare_vqav2(VQAv2PreparerConfig(), options(source, tmp_path / "root", allowed))
         (report,) = (tmp_path / "root").iterdir()  # the data is there whole or not at all, the report always
         assert report.name == "vqav2-report.json"
         lost = json.loads(report.read_text())
         assert lost["missing"] == ["COCO_train2014_000000000001"]
-        assert len(lost["unreadable"]) == (4 if allowed == 0.5 else 0)  # else the missing ones alone are too many
+        assert ("found" in lost["images"]) is lost["images"]["opened"] is (allowed == 0.99)
+        assert len(lost["unreadable"]) == (4 if allowed == 0.99 else 0)  # else the missing ones alone are too many
         assert "COCO_train2014_000000000001" in capsys.readouterr().out
-    prepare_vqav2(VQAv2PreparerConfig(), options(source, tmp_path / "root", 0.6))
+    prepare_vqav2(VQAv2PreparerConfig(), options(source, tmp_path / "root", 1.0))
     assert [file.name for file in (tmp_path / "root").iterdir()] == ["vqav2"]
 
 
 def test_lost_images_up_to_the_threshold_are_named_by_reason(tmp_path: Path) -> None:
     source = write(tmp_path / "files", damaged(vqav2_files()))
-    prepare_vqav2(VQAv2PreparerConfig(), options(source, tmp_path / "root", 0.6))
+    prepare_vqav2(VQAv2PreparerConfig(), options(source, tmp_path / "root", 1.0))
     report = report_of(tmp_path / "root", "vqav2")
     assert report["missing"] == ["COCO_train2014_000000000001"]
     assert report["unreadable"] == {
@@ -316,7 +320,7 @@ def test_lost_images_up_to_the_threshold_are_named_by_reason(tmp_path: Path) -> 
 
 def test_questions_about_lost_images_leave_training_and_stay_in_evaluation(tmp_path: Path) -> None:
     source = write(tmp_path / "files", damaged(vqav2_files()))
-    prepare_vqav2(VQAv2PreparerConfig(), options(source, tmp_path / "root", 0.6))
+    prepare_vqav2(VQAv2PreparerConfig(), options(source, tmp_path / "root", 1.0))
     task, root = VQAv2Task(), tmp_path / "root"
     assert [question.id for question in task.train_questions(root)] == ["3000", "3001"]
     assert len(task.read(root, "train")) == len(task.read(root, "validation")) == 6
@@ -332,12 +336,72 @@ def test_questions_about_lost_images_leave_training_and_stay_in_evaluation(tmp_p
 def test_either_image_of_a_pair_counts(tmp_path: Path) -> None:
     files = nlvr2_files()
     del files["images/train/42/train-7-1-img1.png"]
-    prepare_nlvr2(NLVR2PreparerConfig(), options(write(tmp_path / "files", files), tmp_path / "root", 0.1))
+    prepare_nlvr2(NLVR2PreparerConfig(), options(write(tmp_path / "files", files), tmp_path / "root", 0.25))
     assert [question.id for question in NLVR2Task().train_questions(tmp_path / "root")] == [
         "train-7-0-0",
         "train-7-0-1",
     ]
     assert report_of(tmp_path / "root", "nlvr2")["splits"]["train"]["questions_without_image"] == 2
+
+
+def test_each_split_may_lose_its_share_and_no_more(tmp_path: Path) -> None:
+    """A hundred training images do not outweigh the one image that the test split asks about."""
+    files = gqa_files()
+    rows = {f"train{n}": {"question": "?", "imageId": f"t{n}", "answer": "red"} for n in range(99)}
+    files = {"train_balanced_questions.json": json.dumps(rows)} | {f"t{n}.jpg": picture(n % 4) for n in range(99)}
+    files["testdev_balanced_questions.json"] = '{"a": {"question": "?", "imageId": "lost", "answer": "red"}}'
+    source = write(tmp_path / "files", files)
+    with pytest.raises(
+        UserError, match=r"1 of the 1 images of test are missing \(100\.0000%\), 1 of 100 in all, such as lost"
+    ):
+        prepare_gqa(GQAPreparerConfig(), options(source, tmp_path / "root", 0.5))
+
+
+@pytest.mark.parametrize(
+    ("task", "first", "second"),
+    [
+        ("gqa", "train_balanced_questions.json", "testdev_balanced_questions.json"),
+        ("vqav2", "v2_OpenEnded_mscoco_train2014_questions.json", "v2_OpenEnded_mscoco_test2015_questions.json"),
+    ],
+)
+def test_one_question_in_two_splits_is_refused(tmp_path: Path, task: str, first: str, second: str) -> None:
+    make, prepare = RELEASES[task]
+    files = make()
+    files[second] = files[first]
+    with pytest.raises(UserError, match=rf"{second}: question .* is one of .*{first} too"):
+        prepare(options(write(tmp_path / "files", files), tmp_path / "root"))
+
+
+def test_choices_may_come_in_chunks(tmp_path: Path) -> None:
+    files = gqa_files()
+    chunk = '{{"val{}": {{"valid": ["red"], "plausible": []}}}}'.format
+    del files["val_choices.json"]
+    files |= {f"val_choices/val_choices_{n}.json": chunk(n) for n in range(3)}
+    source = write(tmp_path / "files", files)
+    prepare_gqa(GQAPreparerConfig(), options(source, tmp_path / "root"))
+    assert len(list((tmp_path / "root" / "gqa" / "val_choices").glob("*.json"))) == 3
+    (source / "val_choices" / "val_choices_1.json").unlink()
+    with pytest.raises(UserError, match=r"val_choices has 2 chunks; the release lacks val_choices_1\.json"):
+        prepare_gqa(GQAPreparerConfig(), options(source, tmp_path / "root"))
+
+
+@each_release
+def test_a_prepared_file_that_has_changed_is_no_longer_read(tmp_path: Path, task: str) -> None:
+    """A file of lines that is cut between two of them is a shorter file in good order."""
+    make, prepare = RELEASES[task]
+    prepare(options(write(tmp_path / "files", make()), tmp_path / "root"))
+    reader = {"vqav2": VQAv2Task(), "gqa": GQATask(), "nlvr2": NLVR2Task()}[task]
+    name = reader.official_split("validation")
+    (file,) = (
+        file
+        for file in (tmp_path / "root" / task).glob(f"*{name}*.json")
+        if "choices" not in file.name and "all" not in file.name and "annotations" not in file.name
+    )
+    assert reader.read(tmp_path / "root", "validation")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]) if task == "nlvr2" else lines[0] + "\n")
+    with pytest.raises(UserError, match=rf"{file.name}: has [0-9]+ bytes, but [0-9]+ when it was prepared"):
+        reader.read(tmp_path / "root", "validation")
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
@@ -400,7 +464,7 @@ def test_copies_of_a_file_must_agree(tmp_path: Path) -> None:
     ("task", "change", "problem"),
     [
         ("vqav2", {"v2_mscoco_val2014_annotations.json": None}, "annotations.json, which split validation needs"),
-        ("vqav2", {"v2_mscoco_val2014_annotations.json": '{"annotations": []}'}, "question 1000 has no annotation"),
+        ("vqav2", {"v2_mscoco_val2014_annotations.json": '{"annotations": []}'}, "question 11000 has no annotation"),
         ("gqa", {"train_all_questions/train_all_questions_4.json": None}, "lacks train_all_questions_4.json"),
         ("gqa", {"train_all_questions/train_all_questions_10.json": "{}"}, "holds train_all_questions_10.json besides"),
         ("gqa", {"train_sceneGraphs.json": '{"n1": 7}'}, 'train_sceneGraphs.json: image "n1": must be an object'),
@@ -416,8 +480,8 @@ def test_copies_of_a_file_must_agree(tmp_path: Path) -> None:
         ),
         (
             "gqa",
-            {"train_sceneGraphs.json": '{"n99": {"width": 9, "height": 9, "objects": {}}}'},
-            "train_sceneGraphs.json: has nothing on the questions of its split",
+            {"train_sceneGraphs.json": '{"n1": {"width": 9, "height": 9, "objects": {}}}'},
+            "train_sceneGraphs.json: has nothing on n0, nor on 1 others of train_balanced_questions.json",
         ),
         (
             "gqa",
@@ -427,7 +491,7 @@ def test_copies_of_a_file_must_agree(tmp_path: Path) -> None:
         (
             "gqa",
             {"val_choices.json": '{"train1": {"valid": ["red"], "plausible": ["red"]}}'},
-            "val_choices.json: has nothing on the questions of its split",
+            "val_choices.json: has nothing on val0, nor on 2 others of val_balanced_questions.json",
         ),
         (
             "gqa",
@@ -452,7 +516,7 @@ def test_copies_of_a_file_must_agree(tmp_path: Path) -> None:
         (
             "vqav2",
             {"v2_OpenEnded_mscoco_val2014_questions.json": '{"data_subtype": "train2014", "questions": []}'},
-            'val2014_questions.json: "data_subtype" is "train2014". Is it another file of the release?',
+            'val2014_questions.json: "data_subtype" is "train2014". Is it another file?',
         ),
         (
             "vqav2",
@@ -509,12 +573,26 @@ def test_a_release_with_any_damaged_file_is_prepared_or_named(tmp_path: Path, ta
         prepare(options(source, tmp_path / "root", 1.0))
     except UserError as error:
         named = Path(name).name
-        pairs = {"questions": "annotations"}  # either of two files that do not fit may be named
-        assert named in str(error) or any(a in named and b in str(error) for a, b in pairs.items()) or task == "nlvr2"
+        # Of two files that do not fit each other, either may be named.
+        partner = {"questions": "annotations", "all": "balanced", "choices": "balanced", "balanced": "dev.json"}
+        assert named in str(error) or any(a in named and b in str(error) for a, b in partner.items())
     else:
         report = report_of(tmp_path / "root", task)
         if name.endswith((".jpg", ".png")):
             assert set(report["unreadable"]) <= {Path(name).stem}
+        assert sum(entry["questions"] for entry in report["splits"].values()) == num_questions(tmp_path / "root", task)
+
+
+def num_questions(root: Path, task: str) -> int:
+    """The questions of all splits, counted without our readers."""
+    count = 0
+    for name in manifest_of(root, task)["files"]:
+        text = (root / task / name).read_text()
+        if task == "nlvr2" and "/" not in name:
+            count += sum(bool(line.strip()) for line in text.splitlines())
+        elif "_questions" in name:
+            count += len(json.loads(text).get("questions", ()) if task == "vqav2" else json.loads(text))
+    return count
 
 
 @settings(
@@ -672,7 +750,9 @@ def test_the_whole_real_nlvr2_dev_set_counts_its_missing_images(tmp_path: Path) 
     source.mkdir()
     shutil.copy(DATA / "nlvr2" / "dev.json", source / "dev.json")
     os.symlink(FIXTURES / "images", source / "images")
-    with pytest.raises(UserError, match="images are missing or unreadable"):
+    with pytest.raises(
+        UserError, match=r"8,094 of the 8,102 images of validation are missing \(99.*the others were not opened"
+    ):
         prepare_nlvr2(NLVR2PreparerConfig(), options(source, tmp_path / "root", 0.9))
     prepare_nlvr2(NLVR2PreparerConfig(), options(source, tmp_path / "root", 1.0))
     report = report_of(tmp_path / "root", "nlvr2")

@@ -162,13 +162,27 @@ def test_a_file_that_is_cut_short_is_never_read_in_part(tmp_path: Path, name: st
 @given(content=st.binary(max_size=40) | st.text(max_size=40) | anything.map(lambda value: json.dumps(value)))
 def test_any_other_content_is_named(tmp_path: Path, name: str, content: bytes | str) -> None:
     file = written(tmp_path, name, content)
-    if not content.strip() and name == "nlvr2":
-        return  # no lines, no statements
-    if content in ("{}", "[]"):
-        return  # no questions
     with pytest.raises(UserError) as error:
         READERS[name][3](tmp_path)
     assert str(error.value).startswith(str(file))
+
+
+@each_reader
+def test_a_file_without_a_question_is_named(tmp_path: Path, name: str) -> None:
+    _, rows, dump, read = READERS[name]
+    file = written(tmp_path, name, dump(type(rows)()))
+    with pytest.raises(
+        UserError, match=r"holds no question|question 100 is annotated, but not|has no annotation"
+    ) as error:
+        read(tmp_path)
+    assert str(error.value).startswith(str(file.parent))
+
+
+def test_vqav2_files_without_a_question_are_named_though_they_agree(tmp_path: Path) -> None:
+    written(tmp_path, "vqav2 questions", '{"questions": []}')
+    (tmp_path / READERS["vqav2 annotations"][0]).write_text('{"annotations": []}')
+    with pytest.raises(UserError, match=r"questions\.json: holds no question"):
+        VQAv2Task().read(tmp_path, "validation")
 
 
 @each_reader

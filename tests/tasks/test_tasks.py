@@ -224,7 +224,7 @@ def test_gqa_answers_all_questions_of_a_split_and_counts_the_balanced_ones(tmp_p
     assert (task.evaluation_name, GQATask().evaluation_name) == ("validation-all", "test")
     rows["val-9"]["isBalanced"] = "no"
     (tmp_path / "gqa" / "val_all_questions.json").write_text(json.dumps(rows))
-    with pytest.raises(UserError, match=r'question val-9: "isBalanced" must be true or false. Got "no"'):
+    with pytest.raises(UserError, match=r'question "val-9": "isBalanced" must be true or false. Got "no"'):
         task.evaluation_questions(tmp_path)
 
 

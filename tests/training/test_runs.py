@@ -22,6 +22,8 @@ from data_loaders import FolderData
 from vlm.config import dump_yaml
 from vlm.errors import UserError
 from vlm.run import BEST, CONFIG, LAST, RESULT, RunConfig, read_checkpoint, train
+from vlm.scoring.nlvr2 import read_labels
+from vlm.scoring.score import score_nlvr2
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -121,6 +123,23 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(make_config: MakeConfig
     process = start_in_subprocess(two)
     assert process.wait(timeout=240) == 0, (two.run_folder / "log.txt").read_text()
     assert_same_weights(alone, two.run_folder, tolerance=1e-5)
+
+
+def test_two_ranks_answer_each_question_once_and_score_them_together(make_config: MakeConfig) -> None:
+    """Statements of one group are spread over the ranks. The scores are those of the file that is left."""
+    options = ("task=nlvr2", "trainer.samples=32", "trainer.devices=2", "trainer.strategy=ddp")
+    config = make_config("finetune", *options)
+    process = start_in_subprocess(config)
+    assert process.wait(timeout=240) == 0, (config.run_folder / "log.txt").read_text()
+    root = config.data.prepare(progress=False)
+    predictions = config.run_folder / "predictions-nlvr2-test.csv"
+    labels = read_labels(root / "nlvr2" / "test1.json")
+    answered = [line.split(",")[0] for line in predictions.read_text().splitlines()]
+    assert sorted(answered) == sorted(labels) and len(answered) == len(set(answered))
+    (scored,) = score_nlvr2([predictions], root / "nlvr2" / "test1.json").files
+    result = json.loads((config.run_folder / RESULT).read_text())["scores"]
+    assert result["accuracy"] == pytest.approx(100 * scored.tally.value(("accuracy",)))
+    assert result["consistency"] == pytest.approx(100 * scored.tally.value(("consistency",)))
 
 
 def test_ranks_meet_where_a_part_of_the_model_is_not_used(make_config: MakeConfig) -> None:

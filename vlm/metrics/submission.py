@@ -31,6 +31,8 @@ def check_submission(
             raise UserError(f"{file}: not written: question {key}: the answer must be text. Got {answer!r}")
         if allowed is not None and answer not in allowed:
             raise UserError(f"{file}: not written: {key}: must be one of {', '.join(allowed)}. Got {answer!r}")
+    if not expected:
+        raise UserError(f"{file}: not written: the split holds no question")
     unknown = next((key for key in predictions if key not in expected), None)
     if unknown is not None:
         raise UserError(f"{file}: not written: question {unknown} is not one of the {len(expected)} of its split")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from sys import intern
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vlm.errors import UserError
 from vlm.metrics.gqa import Choices, Question, Region, map_grounding, num_steps, object_grounding
@@ -15,6 +15,9 @@ from vlm.scoring.fields import Presence
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+AttentionForm = Literal["maps", "boxes"]
 
 
 class Questions(NamedTuple):
@@ -93,18 +96,29 @@ def read_choices(path: Path, questions: Mapping[str, Question]) -> dict[str, Cho
     return choices
 
 
-def read_grounding(attentions: Path, scenes: Path, questions: Mapping[str, Question]) -> dict[str, float]:
+def read_grounding(
+    attentions: Path, scenes: Path, questions: Mapping[str, Question], form: AttentionForm | None = None
+) -> dict[str, float]:
     """The grounding score of each balanced question, a fraction.
 
     An attention is a square map (a list of columns, from the left, of cells from the top), of one size throughout the
-    file, or a list of boxes [x0, y0, x1, y1, attention] in fractions of the image. Where all are 5 by 5 they are maps.
+    file, or a list of boxes [x0, y0, x1, y1, attention] in fractions of the image. `form` says which; None: what their
+    sizes tell, which 5 by 5 numbers do not.
     """
     maps = {key: value for key, value in _read_attentions(attentions).items() if key in questions}
     _require(attentions, questions, maps, "attention for")
     regions = _read_regions(scenes, questions)
     sizes = {value.shape for value in maps.values()}
-    if len(sizes) == 1 and len(set(next(iter(sizes)))) == 1:
+    square = len(sizes) == 1 and len(set(next(iter(sizes)))) == 1
+    if form is None and sizes == {(5, 5)}:
+        raise UserError(
+            f"{attentions}: 5 by 5 numbers are a map of 5 by 5 cells, or five boxes. "
+            "Say which with --attention-form maps or boxes"
+        )
+    if square and form != "boxes":
         return {key: map_grounding(regions[key], maps[key]) for key in questions}
+    if form == "maps":
+        raise UserError(f"{attentions}: expected square maps of one size. Got {_listed(sizes)}")
     for key, value in maps.items():
         if value.shape[1:] != (5,):
             raise UserError(
@@ -116,6 +130,10 @@ def read_grounding(attentions: Path, scenes: Path, questions: Mapping[str, Quest
     return {key: object_grounding(regions[key], maps[key]) for key in questions}
 
 
+def _listed(sizes: Iterable[tuple[int, ...]]) -> str:
+    return ", ".join(" by ".join(map(str, size)) for size in sorted(sizes)[:3])
+
+
 def _chunks(path: Path, noun: str = "question") -> Iterator[tuple[str, Row]]:
     """Ids and entries of a file of {id: entry}, or of all such files of a folder, as large releases come in chunks."""
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
@@ -124,7 +142,7 @@ def _chunks(path: Path, noun: str = "question") -> Iterator[tuple[str, Row]]:
     seen: set[str] = set()
     for file in map(OfficialFile.given, files):
         for key, content in records(file, "object"):
-            row = Row(file, f'{noun} "{key}"', content)
+            row = Row(file, f"{noun} {shown(key)}", content)
             if len(files) > 1:
                 if key in seen:
                     raise row.error("stands in an earlier chunk too", "Keep each chunk once")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vlm.errors import UserError
+from vlm.metrics.nlvr2 import IDENTIFIER
 from vlm.records import OfficialFile, Row, lines, records, shown
 
 Id = TypeVar("Id", bound=Hashable)
@@ -37,6 +38,10 @@ def read_nlvr2_predictions(path: Path) -> dict[str, str]:
         parts = line.split(",")
         if len(parts) != 2:
             raise row.error(f"expected identifier,prediction. Got {shown(line)}")
+        if IDENTIFIER.fullmatch(parts[0]) is None:
+            raise row.error(
+                f"the identifier must be split-set-pair-sentence, without a header above. Got {shown(parts[0])}"
+            )
         if parts[1].lower() not in ("true", "false"):
             problem = "the prediction must be True or False, and the file has no header"
             raise row.error(f"{problem}. Got {shown(parts[1])}")
@@ -61,12 +66,13 @@ def complete(
     if unknown and len(unknown) == len(predictions):
         raise UserError(
             f"{file}: question {shown(unknown[0])} and all others are not in {questions_file}: "
-            "the files are of different splits"
+            "the files are of different splits, or of balanced and of all questions"
         )
     if unknown:
         raise UserError(
             f"{file}: question {shown(unknown[0])} is not in {questions_file} (nor are {len(unknown) - 1} others). "
-            "Give the questions of the split that was predicted"
+            "Give the questions that were predicted: of the same split, and all of them where all were (GQA: "
+            "--all-questions)"
         )
     missing = [key for key in needed if key not in predictions]
     if missing and not allow_missing:

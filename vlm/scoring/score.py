@@ -10,7 +10,7 @@ from typing import TypeVar
 from vlm.errors import UserError
 from vlm.metrics import gqa, nlvr2, vqav2
 from vlm.metrics.tally import Tally
-from vlm.scoring.gqa import read_all_answers, read_choices, read_grounding, read_questions
+from vlm.scoring.gqa import AttentionForm, read_all_answers, read_choices, read_grounding, read_questions
 from vlm.scoring.nlvr2 import read_labels
 from vlm.scoring.predictions import complete, read_gqa_predictions, read_nlvr2_predictions, read_vqav2_results
 from vlm.scoring.vqav2 import read_annotations
@@ -65,6 +65,7 @@ def score_gqa(
     scenes: Path | None = None,
     attentions: Path | None = None,
     allow_missing: bool = False,
+    attention_form: AttentionForm | None = None,
 ) -> Scoring:
     """GQA prediction files against the questions of their split.
 
@@ -89,7 +90,7 @@ def score_gqa(
     not_computed |= lacking
     all_answers = read_all_answers(all_questions, balanced) if all_questions else None
     allowed = read_choices(choices, balanced) if choices else None
-    grounding = read_grounding(attentions, scenes, balanced) if attentions and scenes else None
+    grounding = read_grounding(attentions, scenes, balanced, attention_form) if attentions and scenes else None
     needed: Collection[str] = balanced if all_answers is None else all_answers
     known: Collection[str] = needed if not unbalanced else unbalanced.union(needed)
     scored = []

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vlm.records import OfficialFile, Row, records
-from vlm.tasks.task import Task, accuracy_by_group, predicted, read_texts, unique
+from vlm.records import OfficialFile, Row, records, shown
+from vlm.tasks.task import Task, accuracy_by_group, official_file, predicted, read_texts, unique
 from vlm.types import Question
 
 IMAGE_ID = re.compile(r"[A-Za-z0-9_-]{1,200}")
@@ -71,14 +71,15 @@ class GQATask(Task):
         folder, stem = root / "gqa", f"{name}_{kind if labelled else 'all'}_questions"
         chunks = sorted((folder / stem).glob(f"{stem}_*.json"))
         return unique(
-            partial(read_questions, labelled=labelled), *map(OfficialFile.at, chunks or [folder / f"{stem}.json"])
+            partial(read_questions, labelled=labelled),
+            *(official_file(folder, name) for name in [f"{stem}/{chunk.name}" for chunk in chunks] or [f"{stem}.json"]),
         )
 
 
 def read_questions(file: OfficialFile, labelled: bool = True) -> Iterator[Question]:
     """The questions of a file, one at a time; those of the submission split carry no answer."""
     for question_id, value in records(file, "object"):
-        row = Row(file, f"question {question_id}", value)
+        row = Row(file, f"question {shown(question_id)}", value)
         key = row.identifier("imageId")
         if not IMAGE_ID.fullmatch(key):
             raise row.wrong("imageId", "letters, digits, '_' or '-'")

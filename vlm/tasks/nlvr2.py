@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from vlm.metrics.nlvr2 import IDENTIFIER, group_of
 from vlm.metrics.submission import check_submission
 from vlm.records import OfficialFile, Row, json_lines
-from vlm.tasks.task import Task, mean_percent, predicted, unique
+from vlm.tasks.task import Task, mean_percent, official_file, predicted, unique
 from vlm.types import Question
 
 
@@ -25,8 +25,7 @@ class NLVR2Task(Task):
     evaluation_split: Literal["train", "validation", "test", "test2"] = "test"
 
     def read(self, root: Path, split: str) -> list[Question]:
-        file = OfficialFile.at(root / "nlvr2" / f"{self.official_split(split)}.json")
-        return unique(read_questions, file)
+        return unique(read_questions, official_file(root / "nlvr2", f"{self.official_split(split)}.json"))
 
     def vocabulary(self, root: Path) -> tuple[str, ...]:
         return self.ANSWERS

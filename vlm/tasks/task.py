@@ -14,11 +14,11 @@ from pydantic import Field
 from vlm.config import Config
 from vlm.errors import UserError
 from vlm.metrics.submission import check_submission
-from vlm.records import OfficialFile, records, shown
+from vlm.records import OTHER_FILE, OfficialFile, Row, records, shown
 from vlm.supervision.sources import key_random
 from vlm.types import Question
 
-MISSING_IMAGES = "missing_images.json"
+MISSING_IMAGES, MANIFEST = "missing_images.json", "manifest.json"  # of a prepared folder
 
 
 class Task(Config):
@@ -117,6 +117,20 @@ def _levels(question: Question, by_text: bool) -> tuple[tuple[str, str], ...]:
     return (*text, ("type", question.kind or question.group), ("all", ""))
 
 
+def official_file(folder: Path, name: str) -> OfficialFile:
+    """A file of a task's folder. Where a manifest says how long it was when it was prepared, it still must be."""
+    path = folder / name
+    file = OfficialFile.at(path)
+    if path.is_file() and (folder / MANIFEST).is_file():
+        manifest = OfficialFile.at(folder / MANIFEST)
+        for key, value in ((key, value) for key, value in records(manifest, "object") if key == "files"):
+            signed = Row(manifest, key, value).content.get(name)
+            size = path.stat().st_size
+            if signed is not None and Row(manifest, name, signed).whole("bytes") != size:
+                raise file.error(f"has {size:,} bytes, but {signed['bytes']:,} when it was prepared")
+    return file
+
+
 def read_missing_images(folder: Path) -> frozenset[str]:
     """The keys of the images that the release lacked when the task's folder was prepared."""
     file = folder / MISSING_IMAGES
@@ -137,7 +151,7 @@ def read_texts(path: Path) -> tuple[str, ...]:
 
 
 def unique(read: Callable[[OfficialFile], Iterable[Question]], *files: OfficialFile) -> list[Question]:
-    """The questions of all files, in order; an id that occurs twice is an error."""
+    """The questions of all files, in order. An id that occurs twice is an error, and so is no question at all."""
     by_id: dict[str, Question] = {}
     for file in files:
         for question in read(file):
@@ -145,6 +159,8 @@ def unique(read: Callable[[OfficialFile], Iterable[Question]], *files: OfficialF
                 where = "stands in an earlier chunk too" if file is not files[0] else "occurs twice"
                 raise file.error(f"question {question.id} {where}")
             by_id[question.id] = question
+    if not by_id:
+        raise files[0].error("holds no question", OTHER_FILE)
     return list(by_id.values())
 
 

@@ -17,7 +17,7 @@ from vlm.errors import UserError
 from vlm.metrics.vqav2 import normalise_answer, official_accuracy, vqa_accuracy
 from vlm.records import OfficialFile, Row, records, shown
 from vlm.supervision.sources import key_random
-from vlm.tasks.task import Task, accuracy_by_group, predicted, read_texts
+from vlm.tasks.task import Task, accuracy_by_group, official_file, predicted, read_texts, unique
 from vlm.types import Question
 
 MINIVAL_IMAGES = 5000  # as many as the published minival has
@@ -67,7 +67,7 @@ class VQAv2Task(Task):
         splits = ("train", "validation") if self.vocabulary_from == "train_and_validation" else ("train",)
         counts: Counter[str] = Counter()
         for split in splits:
-            file = OfficialFile.at(root / "vqav2" / annotations_name(self.official_split(split)))
+            file = official_file(root / "vqav2", annotations_name(self.official_split(split)))
             counts.update(normalised(annotation.majority) for annotation in read_annotations(file))
         return tuple(sorted(answer for answer, count in counts.items() if count >= self.min_occurrences))
 
@@ -90,11 +90,11 @@ class VQAv2Task(Task):
     def _release_split(self, root: Path, split: str) -> list[Question]:
         """All questions of an official split; the test splits come without annotations."""
         name = self.official_split(split)
-        questions = OfficialFile.at(root / "vqav2" / questions_name(name))
-        annotations = root / "vqav2" / annotations_name(name)
-        if name.startswith("test") and not annotations.is_file():
-            return list(read_questions(questions, None))
-        return list(read_questions(questions, OfficialFile.at(annotations)))
+        folder = root / "vqav2"
+        annotations: OfficialFile | None = official_file(folder, annotations_name(name))
+        if name.startswith("test") and not (folder / annotations_name(name)).is_file():
+            annotations = None
+        return unique(lambda file: read_questions(file, annotations), official_file(folder, questions_name(name)))
 
     def _minival(self, held_out: Sequence[Question], root: Path) -> set[str]:
         """The ids of the questions of val2014 that validate."""
