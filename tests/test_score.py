@@ -597,7 +597,7 @@ def broken(content: Any, data: st.DataObject) -> Any:
     [
         (vqav2, VQAV2, ("results", "annotations", "questions")),
         (gqa, (*GQA, *GQA_ALL), ("predictions", "questions", "all", "choices", "scenes", "attentions")),
-        (nlvr2, NLVR2, ("predictions.csv", "dev")),
+        (nlvr2, (*NLVR2, "--balanced", "balanced.json"), ("predictions.csv", "dev", "balanced")),
     ],
     ids=["vqav2", "gqa", "nlvr2"],
 )

@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlm.errors import UserError
+from vlm.records import OfficialFile
 from vlm.tasks.gqa import GQATask
 from vlm.tasks.nlvr2 import NLVR2Task
 from vlm.tasks.retrieval import RetrievalTask
-from vlm.tasks.task import read_texts
-from vlm.tasks.vqav2 import VQAv2Task
+from vlm.tasks.task import read_missing_images, read_texts
+from vlm.tasks.vqav2 import VQAv2Task, read_minival
 from vlm.types import Question
 
 VQAV2 = [{"question_id": 100 + n, "image_id": 7, "question": f"what is {n}?"} for n in range(3)]
@@ -219,6 +220,35 @@ def test_annotations_of_questions_that_are_not_asked_are_refused(tmp_path: Path)
     written(tmp_path, "vqav2 questions", dump(VQAV2[:2]))
     with pytest.raises(UserError, match="question 102 is annotated, but not asked"):
         VQAv2Task().read(tmp_path, "validation")
+
+
+@quick
+@given(value=anything | st.lists(st.sampled_from([100, 101, 7, "COCO_val2014_000000000007", {"img_id": "7"}, None])))
+def test_a_minival_list_names_known_questions_or_images_or_is_refused(tmp_path: Path, value: Any) -> None:
+    held_out = [Question(str(row["question_id"]), "?", ("COCO_val2014_000000000007",)) for row in VQAV2]
+    file = tmp_path / "minival.json"
+    file.write_text(json.dumps(value))
+    try:
+        chosen = read_minival(OfficialFile.at(file), held_out)
+    except UserError as error:
+        assert str(error).startswith(str(file)) and "\n" not in str(error)
+    else:  # ids of questions as they are, of the one image all of its questions
+        assert isinstance(value, list) and value
+        of_images = {str(row["question_id"]) for row in VQAV2}
+        assert chosen == ({str(entry) for entry in value} if set(map(str, value)) <= of_images else of_images)
+
+
+@quick
+@given(value=anything)
+def test_a_list_of_missing_images_is_a_list_of_texts_or_refused(tmp_path: Path, value: Any) -> None:
+    file = tmp_path / "missing_images.json"
+    file.write_text(json.dumps(value))
+    try:
+        missing = read_missing_images(tmp_path)
+    except UserError as error:
+        assert str(error).startswith(str(file)) and "\n" not in str(error)
+    else:
+        assert missing == set(value) and len(missing) == len(value)
 
 
 @quick
