@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from data_loaders.transforms import ImageTransform
     from vlm.models.language.tokenizer import Tokenizer
     from vlm.models.vision_language import VisionLanguageModel
+    from vlm.supervision.sources import LabelMatching
     from vlm.tasks.retrieval import RetrievalTask
     from vlm.tasks.task import Task
     from vlm.training.module import TrainingModule
@@ -249,7 +250,8 @@ def build_pretraining(
     objectives = {name: o.build(model, tokenizer, classes) for name, o in config.objectives.items()}
     num_steps = config.trainer.num_steps(len(train))
     weights = {name: objective.weight for name, objective in config.objectives.items()}
-    module = Pretraining(model, objectives, weights, config.optimizer, num_steps, config.seed)
+    is_mixture = config.data.part == "pairs" and len(config.supervision.drawn) > 1
+    module = Pretraining(model, objectives, weights, config.optimizer, num_steps, config.seed, is_mixture)
     return module, train, validation
 
 
@@ -259,10 +261,10 @@ def pretraining_data(
     """Training and validation examples of `data.part`, and the classes where it has them."""
     import numpy as np
 
+    from data_loaders.beside import open_beside, select
     from data_loaders.collate import ImageBatches, PairBatches, TextBatches
     from data_loaders.images import DecodedImages
     from data_loaders.shards import ShardReader, open_index
-    from vlm.supervision.subset import window
 
     supervision = config.supervision
     if config.data.part == "texts":
@@ -270,7 +272,7 @@ def pretraining_data(
         return TextBatches(lines[0], tokenizer), TextBatches(_first(config, lines[1]), tokenizer), ()
     folder = root / ("pairs" if config.data.part == "pairs" else "unimodal")
     train, validation = (ShardReader(open_index(folder / split)) for split in ("train", "validation"))
-    chosen = window(train.index.hashes, supervision.fraction, supervision.subset_seed)
+    chosen = select(supervision, train)
     held_out = _first(config, np.arange(len(validation)))
     images = [
         DecodedImages(reader, image_transform(config, model, training=reader is train))
@@ -285,12 +287,23 @@ def pretraining_data(
             classes,
         )
     negatives = max((_negative_fraction(objective) for objective in config.objectives.values()), default=0.0)
-    sources = supervision.sources
+    sources, matching = supervision.sources, _label_matching(config)
+    beside = open_beside(supervision.drawn, "train", train, chosen)
+    beside_held_out = open_beside(supervision.drawn, "validation", validation, held_out)
     return (
-        PairBatches(train, chosen, sources, images[0], tokenizer, negatives),
-        PairBatches(validation, held_out, sources, images[1], tokenizer, negatives),
+        PairBatches(train, chosen, sources, images[0], tokenizer, negatives, beside, matching),
+        PairBatches(validation, held_out, sources, images[1], tokenizer, negatives, beside_held_out, matching),
         (),
     )
+
+
+def _label_matching(config: RunConfig) -> LabelMatching | None:
+    """How the batches are to find the tokens of a label; None where no objective masks whole labels."""
+    objectives = [o for o in config.objectives.values() if isinstance(o, MaskedLanguageConfig)]
+    wanted = {objective.label_masking for objective in objectives if objective.masking == "whole_label"}
+    if len(wanted) > 1:
+        raise UserError("objectives: label_masking is sound for one and released for another. Give one for all")
+    return None if not wanted else "position" if wanted == {"sound"} else "substring"
 
 
 def _negative_fraction(objective: ObjectiveConfig) -> float:
@@ -468,6 +481,7 @@ def _refuse_another_run(config: RunConfig, folder: Path) -> None:
 
 def _inputs(config: RunConfig, root: Path) -> dict[str, str]:
     """What a run learns from beside its config: a fingerprint of each shard folder or text file that it may read."""
+    from data_loaders.beside import beside_paths, content_fingerprint
     from data_loaders.shards import open_index
 
     if config.task is not None:
@@ -478,7 +492,10 @@ def _inputs(config: RunConfig, root: Path) -> dict[str, str]:
     else:
         folder = "pairs" if config.data.part == "pairs" else "unimodal"
         names = [f"{folder}/train", f"{folder}/validation"]
-    return {name: open_index(root / name).fingerprint for name in names if (root / name).is_dir()}
+    found = {name: open_index(root / name).fingerprint for name in names if (root / name).is_dir()}
+    if config.task is None and config.data.part == "pairs":
+        found |= {path.as_posix(): content_fingerprint(path) for path in beside_paths(config.supervision)}
+    return found
 
 
 def _refuse_other_inputs(folder: Path, inputs: dict[str, str]) -> None:
