@@ -19,6 +19,7 @@ from vlm.errors import UserError
 from vlm.models import ModelConfig
 from vlm.objectives import ImageClassesConfig, MaskedLanguageConfig, MatchingConfig, ObjectiveConfig
 from vlm.supervision import SupervisionConfig
+from vlm.supervision.ledger import DeclaredConfig
 from vlm.tasks import TaskConfig
 from vlm.training.optimizer import OptimizerConfig
 
@@ -105,6 +106,7 @@ class RunConfig(Config):
     task: TaskConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
+    declared: DeclaredConfig = not_identity(DeclaredConfig())  # what models have seen that the ledger does not know
 
     @model_validator(mode="after")
     def _one_purpose(self) -> RunConfig:
@@ -158,13 +160,13 @@ def without_weights(config: ModelConfig) -> ModelConfig:
     for name in ("vision", "language"):
         encoder = getattr(config, name)
         plain: dict[str, Any] = {"pretrained": False} if hasattr(encoder, "pretrained") else {}
-        if _weights_of_run(encoder) is not None:
+        if weights_of_run(encoder) is not None:
             plain["weights"] = None
         changed[name] = encoder.model_copy(update=plain)
     return config.model_copy(update=changed)
 
 
-def _weights_of_run(encoder: Any) -> Path | None:
+def weights_of_run(encoder: Any) -> Path | None:
     """The run folder that an encoder's weights come from: always one for our own, which nobody else publishes."""
     weights: Path | None = getattr(encoder, "weights", None)
     if weights is not None and (encoder.type == "tiny" or (weights / CONFIG).is_file()):
@@ -192,7 +194,7 @@ def build_model(config: RunConfig) -> VisionLanguageModel:
         model = _built(without_weights(config.model))
         load_component(model, config.start_from, "model")
         return model
-    weights = {name: _weights_of_run(getattr(config.model, name)) for name in ("vision", "language")}
+    weights = {name: weights_of_run(getattr(config.model, name)) for name in ("vision", "language")}
     runs = {name: run for name, run in weights.items() if run is not None}
     changed = {name: getattr(without_weights(config.model), name) for name in runs}
     model = _built(config.model.model_copy(update=changed))
@@ -436,6 +438,8 @@ def train(config: RunConfig) -> Path:
     A finished run is left as it is. The folder holds the resolved config, the tokenizer, checkpoints, TensorBoard
     events, predictions of a task, and at the very end `result.json`.
     """
+    from vlm.bookkeeping import ledger_of, write_ledger
+
     folder = config.run_folder
     _refuse_another_run(config, folder)
     if (folder / RESULT).is_file():
@@ -454,9 +458,11 @@ def train(config: RunConfig) -> Path:
     if getattr(task_of(config), "type", None) == "retrieval":
         module: TrainingModule | None = None
         fit: dict[str, Any] = {"steps": 0, "checkpoint": None}
+        write_ledger(config, ledger_of(config, root))
     else:
         build = build_pretraining if config.task is None else build_finetuning
         module, train_source, validation_source = build(config, root, model, tokenizer)
+        write_ledger(config, ledger_of(config, root, len(train_source) if config.task is not None else None))
         fit = _fit(config, module, train_source, validation_source)
     scores = _evaluate(config, root, model, tokenizer, module)
     result = fit | {
