@@ -229,12 +229,11 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
         order = [name for name in legend if name not in levels] + [name for name in levels if name in legend]
         several = [len(value.values) for of_panel in by_panel for line in of_panel for _, value in line.points]
         note = "bars: 95% t-interval of the mean over seeds; dots: single seeds" if max(several) > 1 else None
-        one_row = sum(0.7 + 0.075 * len(name) for name in order) < drawn.get_figwidth()  # inches, about
         drawn.legend(
             [legend[name] for name in order],
             order,
             loc="outside lower center",
-            ncols=len(order) if one_row else math.ceil(len(order) / 2),
+            ncols=_legend_columns(order, drawn.get_figwidth()),
             frameon=False,
             fontsize=9,
             handlelength=3.2,
@@ -242,6 +241,16 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
             title_fontsize=8,
         )
     return drawn
+
+
+def _legend_columns(names: Sequence[str], width_inches: float) -> int:
+    """As many columns as fit; they are filled one after the other."""
+    inches = [0.7 + 0.075 * len(name) for name in names]  # about: the line and the letters
+    for rows in range(1, len(names)):
+        columns = [inches[start : start + rows] for start in range(0, len(names), rows)]
+        if sum(map(max, columns)) < width_inches:
+            return len(columns)
+    return 1
 
 
 def save(drawn: Figure, file: Path) -> None:
