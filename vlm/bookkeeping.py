@@ -67,13 +67,14 @@ def ledger_of(
     return ledger.plus(trained, entries) | _advisers(config, root) if entries else ledger
 
 
-def write_ledger(config: RunConfig, ledger: Ledger) -> None:
-    """Into the run's folder and its TensorBoard, once."""
+def write_ledger(config: RunConfig, root: Path, num_questions: int | None = None) -> None:
+    """The run's ledger into its folder and its TensorBoard, once."""
     from torch.utils.tensorboard import SummaryWriter
 
     file = config.run_folder / LEDGER
     if file.is_file() or int(os.environ.get("LOCAL_RANK", 0)) != 0:
         return
+    ledger = ledger_of(config, root, num_questions)
     with SummaryWriter(str(config.run_folder)) as writer:
         writer.add_text("ledger", ledger.markdown())
         for name, number in ledger.scalars().items():
@@ -197,9 +198,11 @@ def _by_reading(config: RunConfig, reader: ShardReader, chosen: NDArray[np.int64
 
     sources = config.supervision.sources
     beside = open_beside(config.supervision.drawn, "train", reader, chosen)
-    found = np.array([supervise(reader.text(int(at)), sources, beside).source for at in chosen], dtype=str)
-    is_pair, is_image = found == "human", found == "none"
-    return {"pairs": chosen[is_pair], "labelled_images": chosen[~is_pair & ~is_image], "images": chosen[is_image]}
+    kinds: dict[str, Kind] = {"human": "pairs", "none": "images"}
+    order: tuple[Kind, ...] = ("pairs", "labelled_images", "images")
+    seen = (supervise(reader.text(int(at)), sources, beside).source for at in chosen)
+    found = np.fromiter((order.index(kinds.get(source, "labelled_images")) for source in seen), np.uint8, len(chosen))
+    return {kind: chosen[found == number] for number, kind in enumerate(order)}
 
 
 def _advisers(config: RunConfig, root: Path | None) -> Ledger:

@@ -438,7 +438,7 @@ def train(config: RunConfig) -> Path:
     A finished run is left as it is. The folder holds the resolved config, the tokenizer, checkpoints, TensorBoard
     events, predictions of a task, and at the very end `result.json`.
     """
-    from vlm.bookkeeping import ledger_of, write_ledger
+    from vlm.bookkeeping import write_ledger
 
     folder = config.run_folder
     _refuse_another_run(config, folder)
@@ -458,11 +458,11 @@ def train(config: RunConfig) -> Path:
     if getattr(task_of(config), "type", None) == "retrieval":
         module: TrainingModule | None = None
         fit: dict[str, Any] = {"steps": 0, "checkpoint": None}
-        write_ledger(config, ledger_of(config, root))
+        write_ledger(config, root)
     else:
         build = build_pretraining if config.task is None else build_finetuning
         module, train_source, validation_source = build(config, root, model, tokenizer)
-        write_ledger(config, ledger_of(config, root, len(train_source) if config.task is not None else None))
+        write_ledger(config, root, len(train_source) if config.task is not None else None)
         fit = _fit(config, module, train_source, validation_source)
     scores = _evaluate(config, root, model, tokenizer, module)
     result = fit | {
