@@ -4,7 +4,8 @@ A component has *seen* what its weights were trained on, in this run, in every r
 framework met it. A labeller, a captioner and a filter have handed on what they have seen. Of one data set the union
 counts, of several the sum.
 
-What a run may see counts as seen: a budget of less than one pass over its window leaves a part of it unseen.
+What a run may see counts as seen: a budget of less than one pass over its window leaves a part of it unseen. Validation
+examples at most choose a checkpoint and are not counted.
 """
 
 from __future__ import annotations
