@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from data_loaders.shards import ShardReader
 from vlm.errors import UserError
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.supervision import SourceConfig
-from vlm.supervision.sources import supervise
+from vlm.supervision.sources import Beside, LabelMatching, label_spans, supervise
 from vlm.types import Batch, Question
 
 
@@ -22,7 +23,8 @@ class PairBatches:
     """Supervised image-text pairs of a window of the shards.
 
     `negative_fraction`: how many images of other examples are appended, as a share of the batch (the published random
-    negatives).
+    negatives). `beside`: what the sources read beside the data. `label_matching`: the batch also says which tokens are
+    hidden with each label (`label_spans`), for objectives that mask whole labels.
     """
 
     def __init__(
@@ -33,24 +35,34 @@ class PairBatches:
         images: Images,
         tokenizer: Tokenizer,
         negative_fraction: float = 0.0,
+        beside: Mapping[Path, Beside] | None = None,
+        label_matching: LabelMatching | None = None,
     ) -> None:
         self.reader, self.positions, self.sources = reader, positions, tuple(sources)
         self.images, self.tokenizer, self.negative_fraction = images, tokenizer, negative_fraction
+        self.beside, self.label_matching = beside, label_matching
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        examples = [supervise(self.reader.text(int(self.positions[at])), self.sources) for at in positions]
+        records = (self.reader.text(int(self.positions[at])) for at in positions)
+        examples = [supervise(record, self.sources, self.beside) for record in records]
         extra = [self.reader.text(int(self.positions[at])) for at in self._other(len(positions))]
         keys = (*(example.key for example in examples), *(record.key for record in extra))
-        ids, mask, special = self.tokenizer([example.text for example in examples])
+        texts, label_tokens = [example.text for example in examples], None
+        if self.label_matching is None:
+            ids, mask, special = self.tokenizer(texts)
+        else:
+            spans = [label_spans(example.labels, self.label_matching) for example in examples]
+            ids, mask, special, label_tokens = self.tokenizer.with_spans(texts, spans)
         return Batch(
             keys=keys,
             image=self.images(keys),
             text_ids=ids,
             text_mask=mask,
             special_mask=special,
+            label_tokens=label_tokens,
             sources=tuple(example.source for example in examples),
         )
 

@@ -1,8 +1,12 @@
 """WebDataset tar shards in hash order, with an index that finds any example by its place on the hash ring.
 
 A shard folder holds `00000.tar`, `00001.tar`, ... and `index.json` + `index.safetensors`. Each example is two
-adjacent members, `<key>.jpg` (or `.png`) and `<key>.json`. Examples are sorted by a hash of their key over the whole
-folder, so a random subset is a contiguous window and costs only its own bytes (`vlm/supervision/subset.py`).
+adjacent members, `<key>.jpg` (or `.png`) and `<key>.json`; without an image it is `<key>.json` alone. Examples are
+sorted by a hash of their key over the whole folder, so a random subset is a contiguous window and costs only its own
+bytes (`vlm/supervision/subset.py`).
+
+*Side shards* are such folders without images: what somebody made of the images of another folder, under the same keys
+(machine labels with scores, generated captions). `made_by` in their `index.json` says who that was (`Index.made_by`).
 The tars are plain WebDataset tars: `webdataset.WebDataset(...)` reads them too.
 """
 
@@ -15,8 +19,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +53,13 @@ class Index:
     hashes: np.ndarray  # int64 [n], ascending
     shard: np.ndarray  # int32 [n]
     image_offset: np.ndarray  # int64 [n]: where the image's bytes begin in the tar
-    image_size: np.ndarray  # int32 [n]
+    image_size: np.ndarray  # int32 [n]; 0 where there is no image
     json_offset: np.ndarray  # int64 [n]
     json_size: np.ndarray  # int32 [n]
+    made_by: dict[str, Any] = field(default_factory=dict)
+    """Who made the labels or captions; free in form, and empty where nobody wrote it. The ledger reads `model` (such as
+    "open_clip:ViT-B-32/openai") and `seen`, counts by kind ({"pairs": 400000000, "labelled_images": null}; null:
+    unknown). A labeller also writes `vocabulary`, and `of`, the fingerprint of the shards that it labelled."""
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -65,20 +73,24 @@ class Index:
 ARRAYS = ("hashes", "shard", "image_offset", "image_size", "json_offset", "json_size")
 
 
-def write_shards(records: Iterable[Record], folder: Path, examples_per_shard: int = 4096) -> Index:
+def write_shards(
+    records: Iterable[Record], folder: Path, examples_per_shard: int = 4096, made_by: Mapping[str, Any] | None = None
+) -> Index:
     """Sort records by the hash of their key and write them as shards with an index.
 
     The folder appears whole or not at all. Keys must be unique and of letters, digits, `_` and `-`. All records are in
     memory at once; `write_ordered_shards` takes them one by one.
     """
     ordered = sorted(records, key=lambda record: ring_hash(record.key))
-    return write_ordered_shards(ordered, folder, examples_per_shard)
+    return write_ordered_shards(ordered, folder, examples_per_shard, made_by)
 
 
-def write_ordered_shards(records: Iterable[Record], folder: Path, examples_per_shard: int = 4096) -> Index:
+def write_ordered_shards(
+    records: Iterable[Record], folder: Path, examples_per_shard: int = 4096, made_by: Mapping[str, Any] | None = None
+) -> Index:
     """Write records that come in the order of `ring_hash(record.key)`; one is in memory at a time, the rest on disk.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all. `made_by`: see `Index`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -87,7 +99,7 @@ def write_ordered_shards(records: Iterable[Record], folder: Path, examples_per_s
         with contextlib.closing(writer):
             for record in _checked(records, folder):
                 writer.add(record)
-            writer.finish()
+            writer.finish(made_by)
         partial.chmod(0o755)
         former = partial.with_name(f"{partial.name}-former")
         if folder.exists():
@@ -120,7 +132,7 @@ class _ShardWriter:
         self._keys.append(record.key)
         self.hashes.append(ring_hash(record.key))
 
-    def finish(self) -> None:
+    def finish(self, made_by: Mapping[str, Any] | None = None) -> None:
         """Close the last tar and write the index; an empty folder has one empty tar."""
         if not self.shards and self._tar is None:
             self._open()
@@ -136,7 +148,9 @@ class _ShardWriter:
             "json_size": columns[:, 4].astype(np.int32),
         }
         save_file(arrays, self.folder / "index.safetensors")
-        header = {"format": FORMAT, "examples": len(self.hashes), "shards": self.shards}
+        header: dict[str, Any] = {"format": FORMAT, "examples": len(self.hashes), "shards": self.shards}
+        if made_by:
+            header["made_by"] = dict(made_by)
         (self.folder / "index.json").write_text(json.dumps(header, indent=1))
 
     def close(self) -> None:
@@ -184,6 +198,7 @@ def open_index(folder: Path) -> Index:
         shards = tuple(header["shards"]) if version == FORMAT else ()
         names, sizes = [str(shard["file"]) for shard in shards], [int(shard["bytes"]) for shard in shards]
         num_examples = int(header["examples"]) if version == FORMAT else 0
+        made_by = dict(header.get("made_by", {}))
     except Exception as error:
         raise ShardError(f"{header_file}: cannot be read ({error!r}). Prepare the shards again") from None
     if version != FORMAT:
@@ -197,7 +212,7 @@ def open_index(folder: Path) -> Index:
         raise ShardError(f"{array_file}: cannot be read ({error}). Prepare the shards again") from None
     if not _agree(arrays, num_examples, np.array(sizes, dtype=np.int64)):
         raise ShardError(f"{array_file}: does not match index.json. Prepare the shards again")
-    return Index(folder, shards, **arrays)
+    return Index(folder, shards, **arrays, made_by=made_by)
 
 
 def _agree(arrays: dict[str, np.ndarray], num_examples: int, shard_bytes: np.ndarray) -> bool:
@@ -299,8 +314,9 @@ def _checked(records: Iterable[Record], folder: Path) -> Iterator[Record]:
 
 def _members(record: Record) -> dict[str, Any]:
     suffix = "png" if record.image[:4] == b"\x89PNG" else "jpg"
+    image = {suffix: record.image} if record.image else {}
     metadata = {"key": record.key} | {name: list(getattr(record, name)) for name in METADATA if getattr(record, name)}
-    return {"__key__": record.key, suffix: record.image, "json": json.dumps(metadata, ensure_ascii=False).encode()}
+    return {"__key__": record.key, **image, "json": json.dumps(metadata, ensure_ascii=False).encode()}
 
 
 def _member_places(file: Path, keys: list[str]) -> Iterator[tuple[int, int, int, int]]:
@@ -310,6 +326,7 @@ def _member_places(file: Path, keys: list[str]) -> Iterator[tuple[int, int, int,
     with tarfile.open(file) as tar:
         members = {member.name: member for member in tar}
     for key in keys:
-        image = members.get(f"{key}.png") or members[f"{key}.jpg"]
+        image = members.get(f"{key}.png") or members.get(f"{key}.jpg")
         metadata = members[f"{key}.json"]
-        yield image.offset_data, image.size, metadata.offset_data, metadata.size
+        place = (image.offset_data, image.size) if image is not None else (0, 0)
+        yield *place, metadata.offset_data, metadata.size

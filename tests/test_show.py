@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vlm.cli import main
 from vlm.config import available_configs, compose, default_config_folder, dump_yaml, fingerprint, load_yaml
 from vlm.run import RunConfig, count_parameters
 
@@ -72,3 +73,12 @@ def test_parameters_are_those_of_the_model_that_is_built() -> None:
     config = compose("pretrain", ["model=tiny"], RunConfig)
     model = config.model.build()
     assert count_parameters(config)["total"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_show_says_what_each_component_has_ever_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "pretrain", "model=base", "supervision.fraction=0"]) == 0
+    shown = capsys.readouterr().out
+    assert "# ever seen by vision: pairs 0, labelled images 14,197,122, texts 0" in shown
+    assert "# ever seen by language: pairs 0, labelled images 0, texts 160 GB of text" in shown
+    assert main(["show", "pretrain", "supervision.keys=nowhere.txt"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["supervision"]["keys"] == "nowhere.txt"

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from vlm.run import RunConfig
 
 
+MAX_READ_TO_SHOW = 100_000  # records of a mixture that `vlm show` reads to count its sources: some seconds
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status: 0, 2 for what the user can mend, 130 for ctrl-C."""
     sys.path.append(os.getcwd())  # `type: custom` finds classes beside the user; last, so that they shadow nothing
@@ -158,6 +161,7 @@ def _show(options: argparse.Namespace) -> None:
     from rich.syntax import Syntax
     from rich.table import Table
 
+    from vlm.bookkeeping import ledger_of, prepared_root
     from vlm.config import dump_yaml, fingerprint
     from vlm.run import count_parameters
 
@@ -167,16 +171,26 @@ def _show(options: argparse.Namespace) -> None:
     else:
         print(dump_yaml(config), end="")
     counts = count_parameters(config)
+    try:
+        header, *rows = ledger_of(config, prepared_root(config), max_read=MAX_READ_TO_SHOW).rows()
+    except UserError as error:  # what the run would stop at is no reason not to show it
+        header, rows = ["component", "seen"], [["any", f"not counted: {error}"]]
     if console.is_terminal:
         table = Table("component", title="parameters", title_justify="left")
         table.add_column("number", justify="right")
         for component, count in counts.items():
             table.add_row(component, f"{count:,}")
         console.print(table)
+        seen = Table(*header, title="distinct examples ever seen", title_justify="left")
+        for row in rows:
+            seen.add_row(*row)
+        console.print(seen)
         console.print(f"fingerprint [bold]{fingerprint(config)}[/bold]")
     else:  # comments, so that the output stays a YAML file
         for component, count in counts.items():
             print(f"# parameters {component}: {count:,}")
+        for name, *cells in rows:
+            print(f"# ever seen by {name}: {', '.join(f'{k} {c}' for k, c in zip(header[1:], cells, strict=True))}")
         print(f"# fingerprint: {fingerprint(config)}")
 
 

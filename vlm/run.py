@@ -19,6 +19,7 @@ from vlm.errors import UserError
 from vlm.models import ModelConfig
 from vlm.objectives import ImageClassesConfig, MaskedLanguageConfig, MatchingConfig, ObjectiveConfig
 from vlm.supervision import SupervisionConfig
+from vlm.supervision.ledger import DeclaredConfig
 from vlm.tasks import TaskConfig
 from vlm.training.optimizer import OptimizerConfig
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from data_loaders.transforms import ImageTransform
     from vlm.models.language.tokenizer import Tokenizer
     from vlm.models.vision_language import VisionLanguageModel
+    from vlm.supervision.sources import LabelMatching
     from vlm.tasks.retrieval import RetrievalTask
     from vlm.tasks.task import Task
     from vlm.training.module import TrainingModule
@@ -104,6 +106,7 @@ class RunConfig(Config):
     task: TaskConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
+    declared: DeclaredConfig = not_identity(DeclaredConfig())  # what models have seen that the ledger does not know
 
     @model_validator(mode="after")
     def _one_purpose(self) -> RunConfig:
@@ -157,13 +160,13 @@ def without_weights(config: ModelConfig) -> ModelConfig:
     for name in ("vision", "language"):
         encoder = getattr(config, name)
         plain: dict[str, Any] = {"pretrained": False} if hasattr(encoder, "pretrained") else {}
-        if _weights_of_run(encoder) is not None:
+        if weights_of_run(encoder) is not None:
             plain["weights"] = None
         changed[name] = encoder.model_copy(update=plain)
     return config.model_copy(update=changed)
 
 
-def _weights_of_run(encoder: Any) -> Path | None:
+def weights_of_run(encoder: Any) -> Path | None:
     """The run folder that an encoder's weights come from: always one for our own, which nobody else publishes."""
     weights: Path | None = getattr(encoder, "weights", None)
     if weights is not None and (encoder.type == "tiny" or (weights / CONFIG).is_file()):
@@ -191,7 +194,7 @@ def build_model(config: RunConfig) -> VisionLanguageModel:
         model = _built(without_weights(config.model))
         load_component(model, config.start_from, "model")
         return model
-    weights = {name: _weights_of_run(getattr(config.model, name)) for name in ("vision", "language")}
+    weights = {name: weights_of_run(getattr(config.model, name)) for name in ("vision", "language")}
     runs = {name: run for name, run in weights.items() if run is not None}
     changed = {name: getattr(without_weights(config.model), name) for name in runs}
     model = _built(config.model.model_copy(update=changed))
@@ -249,7 +252,8 @@ def build_pretraining(
     objectives = {name: o.build(model, tokenizer, classes) for name, o in config.objectives.items()}
     num_steps = config.trainer.num_steps(len(train))
     weights = {name: objective.weight for name, objective in config.objectives.items()}
-    module = Pretraining(model, objectives, weights, config.optimizer, num_steps, config.seed)
+    is_mixture = config.data.part == "pairs" and len(config.supervision.drawn) > 1
+    module = Pretraining(model, objectives, weights, config.optimizer, num_steps, config.seed, is_mixture)
     return module, train, validation
 
 
@@ -259,10 +263,10 @@ def pretraining_data(
     """Training and validation examples of `data.part`, and the classes where it has them."""
     import numpy as np
 
+    from data_loaders.beside import open_beside, select
     from data_loaders.collate import ImageBatches, PairBatches, TextBatches
     from data_loaders.images import DecodedImages
     from data_loaders.shards import ShardReader, open_index
-    from vlm.supervision.subset import window
 
     supervision = config.supervision
     if config.data.part == "texts":
@@ -270,7 +274,7 @@ def pretraining_data(
         return TextBatches(lines[0], tokenizer), TextBatches(_first(config, lines[1]), tokenizer), ()
     folder = root / ("pairs" if config.data.part == "pairs" else "unimodal")
     train, validation = (ShardReader(open_index(folder / split)) for split in ("train", "validation"))
-    chosen = window(train.index.hashes, supervision.fraction, supervision.subset_seed)
+    chosen = select(supervision, train)
     held_out = _first(config, np.arange(len(validation)))
     images = [
         DecodedImages(reader, image_transform(config, model, training=reader is train))
@@ -285,12 +289,23 @@ def pretraining_data(
             classes,
         )
     negatives = max((_negative_fraction(objective) for objective in config.objectives.values()), default=0.0)
-    sources = supervision.sources
+    sources, matching = supervision.sources, _label_matching(config)
+    beside = open_beside(supervision.drawn, "train", train, chosen)
+    beside_held_out = open_beside(supervision.drawn, "validation", validation, held_out)
     return (
-        PairBatches(train, chosen, sources, images[0], tokenizer, negatives),
-        PairBatches(validation, held_out, sources, images[1], tokenizer, negatives),
+        PairBatches(train, chosen, sources, images[0], tokenizer, negatives, beside, matching),
+        PairBatches(validation, held_out, sources, images[1], tokenizer, negatives, beside_held_out, matching),
         (),
     )
+
+
+def _label_matching(config: RunConfig) -> LabelMatching | None:
+    """How the batches are to find the tokens of a label; None where no objective masks whole labels."""
+    objectives = [o for o in config.objectives.values() if isinstance(o, MaskedLanguageConfig)]
+    wanted = {objective.label_masking for objective in objectives if objective.masking == "whole_label"}
+    if len(wanted) > 1:
+        raise UserError("objectives: label_masking is sound for one and released for another. Give one for all")
+    return None if not wanted else "position" if wanted == {"sound"} else "substring"
 
 
 def _negative_fraction(objective: ObjectiveConfig) -> float:
@@ -423,6 +438,8 @@ def train(config: RunConfig) -> Path:
     A finished run is left as it is. The folder holds the resolved config, the tokenizer, checkpoints, TensorBoard
     events, predictions of a task, and at the very end `result.json`.
     """
+    from vlm.bookkeeping import write_ledger
+
     folder = config.run_folder
     _refuse_another_run(config, folder)
     if (folder / RESULT).is_file():
@@ -441,9 +458,11 @@ def train(config: RunConfig) -> Path:
     if getattr(task_of(config), "type", None) == "retrieval":
         module: TrainingModule | None = None
         fit: dict[str, Any] = {"steps": 0, "checkpoint": None}
+        write_ledger(config, root)
     else:
         build = build_pretraining if config.task is None else build_finetuning
         module, train_source, validation_source = build(config, root, model, tokenizer)
+        write_ledger(config, root, len(train_source) if config.task is not None else None)
         fit = _fit(config, module, train_source, validation_source)
     scores = _evaluate(config, root, model, tokenizer, module)
     result = fit | {
@@ -468,6 +487,7 @@ def _refuse_another_run(config: RunConfig, folder: Path) -> None:
 
 def _inputs(config: RunConfig, root: Path) -> dict[str, str]:
     """What a run learns from beside its config: a fingerprint of each shard folder or text file that it may read."""
+    from data_loaders.beside import beside_paths, content_fingerprint
     from data_loaders.shards import open_index
 
     if config.task is not None:
@@ -478,7 +498,10 @@ def _inputs(config: RunConfig, root: Path) -> dict[str, str]:
     else:
         folder = "pairs" if config.data.part == "pairs" else "unimodal"
         names = [f"{folder}/train", f"{folder}/validation"]
-    return {name: open_index(root / name).fingerprint for name in names if (root / name).is_dir()}
+    found = {name: open_index(root / name).fingerprint for name in names if (root / name).is_dir()}
+    if config.task is None and config.data.part == "pairs":
+        found |= {path.as_posix(): content_fingerprint(path) for path in beside_paths(config.supervision)}
+    return found
 
 
 def _refuse_other_inputs(folder: Path, inputs: dict[str, str]) -> None:

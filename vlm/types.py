@@ -6,6 +6,7 @@ CLS token first, l text tokens, d width, m masked positions, v vocabulary, k cla
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -13,8 +14,11 @@ if TYPE_CHECKING:  # torch is imported only by those who compute
     from jaxtyping import Bool, Float, Int, UInt8
     from torch import Tensor
 
-Source = Literal["human", "machine", "class_name", "none"]
-"""Where a text comes from. It travels with each example into its batch."""
+Source = Literal["human", "machine", "class_name", "generated", "none"]
+"""Where a text comes from: people, a machine's labels, true classes, a captioner, or there is none.
+
+It travels with each example into its batch, to the loss and the logs.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class Example:
     text: str
     source: Source
     classes: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()  # what the text was joined from, where it is a list of labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +73,9 @@ class Batch:
     text_ids: Int[Tensor, "b l"] | None = None
     text_mask: Bool[Tensor, "b l"] | None = None  # True at real tokens
     special_mask: Bool[Tensor, "b l"] | None = None  # True at CLS, SEP and padding: never masked out for prediction
+    label_tokens: Bool[Tensor, "b labels l"] | None = None  # True at the tokens of each label; only where asked for
     targets: Float[Tensor, "b k"] | Int[Tensor, " b"] | None = None
-    sources: tuple[Source, ...] = ()
+    sources: tuple[Source, ...] = ()  # one a text
     images_per_text: int = 1  # 2 for NLVR2, whose images lie as (first images, second images) along b
 
 
@@ -99,9 +105,19 @@ class Encoded:
 
 
 @dataclass(slots=True)
+class Items:
+    """What a loss is the mean of, item by item and without gradient: for figures by source."""
+
+    row: Int[Tensor, " m"]  # which text of the batch an item belongs to
+    loss: Float[Tensor, " m"]
+    correct: Bool[Tensor, " m"]
+
+
+@dataclass(slots=True)
 class Loss:
     """A named loss (mean over `count` items) and the figures that are logged beside it."""
 
     value: Float[Tensor, ""]
     count: int
     figures: dict[str, Tensor] = field(default_factory=dict)
+    items: Callable[[], Items] | None = None  # asked only at steps that log; nothing is encoded again for them

@@ -9,6 +9,7 @@ import json
 import pickle
 import random
 import re
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,28 @@ def test_webdataset_reads_the_shards(folder: Path) -> None:
     assert [sample["__key__"] for sample in samples] == sorted(records, key=ring_hash)
     for sample in samples:
         record = records[sample["__key__"]]
-        assert sample["png" if record.key.startswith("plain") else "jpg"] == record.image
+        assert sample.get("png" if record.key.startswith("plain") else "jpg", b"") == record.image
         assert tuple(json.loads(sample["json"]).get("captions", ())) == record.captions
+
+
+def test_side_shards_hold_texts_alone_and_say_who_made_them(tmp_path: Path) -> None:
+    records = [
+        Record(f"key-{n}", labels=("red", "round"), scores=(0.5, 0.25), captions=(f"no. {n}",)) for n in range(9)
+    ]
+    made_by = {"model": "timm:resnet18.a1_in1k", "seen": {"pairs": 0, "labelled_images": None}}
+    write_shards(records, tmp_path / "side", examples_per_shard=4, made_by=made_by)
+    index = open_index(tmp_path / "side")
+    assert index.made_by == made_by
+    assert not index.image_size.any()
+    reader = ShardReader(index)
+    assert [reader.text(reader.position(record.key)) for record in records] == records
+    members = []
+    for file in (tmp_path / "side").glob("*.tar"):
+        with tarfile.open(file) as tar:
+            members += tar.getnames()
+    assert sorted(members) == sorted(f"{record.key}.json" for record in records)
+    assert open_index(tmp_path / "side").fingerprint == write_shards(records, tmp_path / "again", 4).fingerprint
+    assert open_index(tmp_path / "again").made_by == {}
 
 
 def test_a_shard_folder_may_be_empty(tmp_path: Path) -> None:

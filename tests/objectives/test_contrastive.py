@@ -117,3 +117,24 @@ def test_a_text_without_words_gives_finite_gradients() -> None:
     loss.backward()
     assert torch.isfinite(loss)
     assert encoded.text.grad is not None and torch.isfinite(encoded.text.grad).all()
+
+
+def test_an_image_without_a_text_is_a_negative_and_nothing_else() -> None:
+    objective, encoded = Contrastive(ContrastiveConfig()), make_encoded()
+    assert encoded.text is not None and encoded.image is not None
+    ids, mask = torch.zeros(COUNT, LENGTH, dtype=torch.long), torch.ones(COUNT, LENGTH, dtype=torch.bool)
+    batch = Batch(tuple("abcd"), None, ids, mask, SPECIAL, sources=("human", "none", "human", "human"))
+    loss = objective.loss(objective.view(batch), encoded)
+    changed = Encoded(text=encoded.text.clone(), image=encoded.image)
+    assert changed.text is not None
+    changed.text[1] += 5  # what stands for the absent text
+    assert torch.equal(objective.loss(objective.view(batch), changed).value, loss.value)
+    other = Encoded(text=encoded.text, image=encoded.image.clone())
+    assert other.image is not None
+    other.image[1] += torch.randn(WIDTH)
+    assert not torch.equal(objective.loss(objective.view(batch), other).value, loss.value)
+    assert loss.count == 3 and loss.items is not None
+    torch.testing.assert_close(loss.items().loss.mean(), loss.value.detach())
+    batch.sources = ("none",) * 4
+    nothing = objective.loss(objective.view(batch), encoded)
+    assert (float(nothing.value.detach()), nothing.count) == (0.0, 0)

@@ -126,3 +126,35 @@ def test_the_loss_is_the_cross_entropy_of_match_or_no_match() -> None:
     right = (probabilities[:, 1] > 0.5) == matched
     assert float(loss.figures["accuracy"]) == pytest.approx(float(right.float().mean()))
     assert loss.count == 12
+
+
+@pytest.mark.parametrize("negatives", ["in_batch", "random"])
+def test_an_image_without_a_text_is_neither_matched_nor_mismatched(negatives: str) -> None:
+    objective, batch = build(negatives=negatives), make_batch(DISTINCT, 8)
+    for seed in range(10):
+        batch.sources = ()
+        torch.manual_seed(seed)
+        every = objective.view(batch)
+        batch.sources = ("machine", "none", "human", "none", *["machine"] * 4)  # type: ignore[assignment]
+        torch.manual_seed(seed)
+        view = objective.view(batch)
+        kept = [0, 2, 4, 5, 6, 7]
+        assert view.text_index is not None and view.text_index.tolist() == kept
+        assert every.image_index is not None and view.image_index is not None
+        assert torch.equal(view.image_index, every.image_index[kept])  # the same draws
+        assert torch.equal(view.targets["matched"], every.targets["matched"][kept])
+        loss = objective.loss(view, Encoded(pooled=torch.randn(6, 32)))
+        assert loss.count == 6 and loss.items is not None
+        items = loss.items()
+        assert items.row.tolist() == kept
+        torch.testing.assert_close(items.loss.mean(), loss.value.detach())
+
+
+def test_a_batch_without_any_text_costs_nothing() -> None:
+    objective, batch = build(), make_batch(DISTINCT[:4], 4)
+    batch.sources = ("none",) * 4
+    view = objective.view(batch)
+    loss = objective.loss(view, Encoded(pooled=torch.zeros(0, 32)))
+    assert (float(loss.value.detach()), loss.count) == (0.0, 0)
+    loss.value.backward()
+    assert not any(parameter.grad is None or parameter.grad.any() for parameter in objective.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,3 +66,16 @@ def finish_study(folder: Path) -> Finished:
         examples = round(20_000 * job.config.supervision.fraction)
         (job.folder / RESULT).write_text(json.dumps({"scores": made_up(job), "seconds": 2.5, "examples": examples}))
     return Finished(study, folder, jobs, collect(jobs, folder))
+
+
+def with_books(scores: list[Score], others: str, total: int | None = None) -> list[Score]:
+    """The scores as they would be with encoders that have seen pairs elsewhere."""
+    return [
+        dataclasses.replace(
+            score,
+            supervised_pairs=score.pairs if score.source == "captions" else 0,
+            total_pairs=total,
+            others=others,
+        )
+        for score in scores
+    ]

@@ -7,9 +7,10 @@ from pathlib import Path
 from made_up_study import Finished
 
 from vlm.run import RESULT
-from vlm.studies.collect import Score, collect, source_name, write_csv
+from vlm.studies.collect import Score, collect, headline, source_name, write_csv
 from vlm.studies.plan import plan
-from vlm.supervision import CaptionsConfig, MachineLabelsConfig, SupervisionConfig
+from vlm.supervision import CaptionsConfig, MachineLabelsConfig, NoneConfig, SupervisionConfig
+from vlm.supervision.ledger import LEDGER, Entry, Ledger, model_entries, unknown_entries
 
 
 def select(scores: list[Score], **wanted: object) -> list[Score]:
@@ -68,8 +69,35 @@ def test_the_file_has_a_line_a_score_and_no_machine_s_paths(finished: Finished, 
     assert five["chance"] == ""
 
 
+def test_a_score_says_who_has_seen_how_many_pairs(finished: Finished, tmp_path: Path) -> None:
+    (one, *_) = [job for job in finished.jobs if job.stage == "finetune"]
+    file = one.folder / LEDGER
+    ledger = Ledger().plus(["fusion"], [Entry("pairs", "data", 500)])
+    tower = ledger.plus(["vision"], model_entries("vision", "timm:vit_base_patch16_clip_224.openai"))
+    unknown = tower.plus(["labeller"], unknown_entries("labeller", "somebody's"))
+    found = []
+    try:
+        for books in (ledger, tower, unknown):
+            file.write_text(books.text())
+            score = select(collect([one], finished.folder), metric=headline(one))[0]
+            found.append((score.supervised_pairs, score.total_pairs, score.total_labelled_images, score.others))
+    finally:
+        file.unlink()
+    assert found == [
+        (500, 500, 0, ""),
+        (500, 400_000_500, 0, "vision 400,000,000"),
+        (500, None, None, "vision 400,000,000; labeller unknown"),
+    ]
+    write_csv([score], tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open() as read:
+        (row,) = csv.DictReader(read)
+    assert (row["pairs"], row["total_pairs"], row["others"]) == ("0", "", "vision 400,000,000; labeller unknown")
+
+
 def test_sources_of_a_mixture_are_all_named() -> None:
     captions, labels = CaptionsConfig(weight=0.5), MachineLabelsConfig()
     assert source_name(SupervisionConfig(sources=(labels, captions))) == "captions+machine_labels"
     assert source_name(SupervisionConfig(sources=(labels, CaptionsConfig(weight=0)))) == "machine_labels"
     assert source_name(SupervisionConfig(fraction=0)) == "none"
+    assert source_name(SupervisionConfig(sources=(captions, NoneConfig()))) == "captions"
+    assert source_name(SupervisionConfig(sources=(NoneConfig(),))) == "images_only"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from made_up_study import Finished
+from made_up_study import Finished, with_books
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vlm.studies import curves
@@ -122,3 +122,38 @@ def test_tensorboard_reads_the_curve_back(finished: Finished, nlvr2: curves.Pane
     assert len(beside.Images("supervision_curve")) == 1
     text = beside.Tensors("supervision_curve/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| a table |" in text and "basis point" in text
+
+
+def test_pairs_seen_elsewhere_are_on_the_axis_in_the_table_and_a_warning(
+    finished: Finished, nlvr2: curves.Panel, tmp_path: Path
+) -> None:
+    scores = with_books(finished.scores, "vision 400,000,000", 400_020_000)
+    warning = "Warning: no image-text pairs are claimed for none, labels, "
+    warning += "but others have seen pairs: vision 400,000,000"
+    assert curves.warnings(scores) == [warning]
+    drawn = curves.draw(scores, [nlvr2], FigureConfig())
+    assert " ".join(drawn.get_suptitle().split()) == warning
+    assert drawn.axes[0].get_xlabel().splitlines()[0] == "image-text pairs used (% of 20,000)"
+    assert "seen elsewhere: vision 400,000,000" in drawn.axes[0].get_xlabel()
+    assert curves.table_rows(scores, [nlvr2])[:2] == [
+        ["pretraining", "pairs ever seen", "NLVR2"],
+        ["none", "400,020,000", "51.0 ± 2.5"],
+    ]
+    assert curves.table_rows(scores, [nlvr2])[-1] == ["most frequent answer", "", "50.0"]
+    assert warning in curves.markdown_table(scores, [nlvr2], "Why?")
+    curves.rich_table(scores, [nlvr2])
+    curves.save(drawn, tmp_path / "curve.png")
+
+
+def test_what_nobody_knows_is_said_to_be_unknown(finished: Finished, nlvr2: curves.Panel) -> None:
+    scores = with_books(finished.scores, "labeller unknown")
+    assert curves.table_rows(scores, [nlvr2])[1][1] == "unknown"
+    assert curves.warnings(scores)[0].endswith("others may have seen pairs: labeller unknown")
+
+
+def test_books_without_other_pairs_change_nothing(finished: Finished, nlvr2: curves.Panel) -> None:
+    scores = with_books(finished.scores, "", 20_000)
+    assert curves.warnings(scores) == []
+    assert curves.table_rows(scores, [nlvr2]) == curves.table_rows(finished.scores, [nlvr2])
+    assert curves.table_note(scores) == curves.table_note(finished.scores)
+    assert curves.draw(scores, [nlvr2], FigureConfig()).get_suptitle() == ""

@@ -1,18 +1,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pickle
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from data_loaders.beside import CaptionFile, SideShards, open_beside
+from data_loaders.shards import ShardReader, write_shards
 from vlm.config import CustomConfig
 from vlm.errors import UserError
-from vlm.supervision import CaptionsConfig, ClassNamesConfig, MachineLabelsConfig, SourceConfig
-from vlm.supervision.sources import source_text, supervise
+from vlm.supervision import (
+    CaptionsConfig,
+    ClassNamesConfig,
+    GeneratedCaptionsConfig,
+    MachineLabelsConfig,
+    NoneConfig,
+    SourceConfig,
+)
+from vlm.supervision.sources import label_spans, source_text, supervise
 from vlm.types import Record
 
 CAPTIONS, LABELS, CLASSES = CaptionsConfig(), MachineLabelsConfig(), ClassNamesConfig()
@@ -153,3 +165,171 @@ def test_a_source_from_outside_is_a_function_of_the_record() -> None:
     source = CustomConfig(target=f"{__name__}:shout", options={"mark": "!"})
     example = supervise(make_record(), [source])
     assert (example.text, example.source) == ("A RED CIRCLE!", "machine")
+
+
+def list_of(record: Record) -> tuple[list[str], str]:
+    return list(record.labels), "machine"
+
+
+def test_a_source_from_outside_may_give_a_list_of_labels() -> None:
+    example = supervise(make_record(), [CustomConfig(target=f"{__name__}:list_of")])
+    assert (example.text, example.labels) == ("circle, red, sky, square", ("circle", "red", "sky", "square"))
+
+
+def unheard_of(record: Record) -> tuple[str, str]:
+    return "a text", "oracle"
+
+
+def test_a_provenance_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(UserError, match=r"unheard_of gave the provenance 'oracle'\. Use one of human, machine"):
+        supervise(make_record(), [CustomConfig(target=f"{__name__}:unheard_of")])
+
+
+# --- Labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_by_score_stand_best_first() -> None:
+    source = MachineLabelsConfig(order="by_score", max_labels=3)
+    for number in range(5):
+        assert source_text(source, make_record(number))[0] == "circle, red, sky"
+    unsorted = make_record(labels=("low", "high"), scores=(0.1, 0.9))
+    assert source_text(source, unsorted)[0] == "high, low"
+
+
+def test_a_list_of_labels_is_known_as_one_and_a_caption_is_not() -> None:
+    assert supervise(make_record(), [CAPTIONS]).labels == ()
+    for source in (LABELS, CLASSES):
+        example = supervise(make_record(), [source])
+        assert ", ".join(example.labels) == example.text and len(example.labels) >= 2
+
+
+def test_more_scores_than_labels_are_refused() -> None:
+    with pytest.raises(UserError, match="Got 1 labels and 2 scores"):
+        source_text(LABELS, make_record(labels=("one",), scores=(0.5, 0.4)))
+
+
+def test_a_label_is_found_by_its_place_and_never_inside_another() -> None:
+    labels = ("woman", "man", "man, old", "man")
+    text = ", ".join(labels)
+    by_place = label_spans(labels, "position")
+    assert [[text[start:end] for start, end in spans] for spans in by_place] == [[label] for label in labels]
+    assert by_place[1] != by_place[3]  # the same word twice
+    released = label_spans(labels, "substring")
+    assert [len(spans) for spans in released] == [1, 4, 1, 4]  # wo-man, man, man-comma-old, man
+
+
+# --- Beside the data -------------------------------------------------------------------------------------------------
+
+
+def side_labels(folder: Path, keys: list[str]) -> Path:
+    records = [Record(key, labels=("ours", "worse"), scores=(0.9, 0.2), captions=(f"seen in {key}",)) for key in keys]
+    write_shards(records, folder)
+    return folder
+
+
+def test_labels_from_side_shards_stand_in_place_of_the_records_own(tmp_path: Path) -> None:
+    folder = side_labels(tmp_path / "side", ["key-0", "key-1"])
+    source = MachineLabelsConfig(labels_from=folder, min_score=0.5)
+    beside = {folder: SideShards(folder)}
+    assert supervise(make_record(), [source], beside).text == "ours"
+    with pytest.raises(UserError, match=r"side: says nothing of 'key-2'"):
+        supervise(make_record(2), [source], beside)
+    tolerant = MachineLabelsConfig(labels_from=folder, missing="none")
+    example = supervise(make_record(2), [tolerant], beside)
+    assert (example.text, example.source) == ("", "none")
+
+
+CAPTION_LINES = [("key-0", "a cat, on a mat"), ("key-1", 'two "big"\nlines'), ("key-0", "a café"), ("key-9", "nine")]
+
+
+def write_captions(file: Path) -> Path:
+    if file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps({"key": key, "caption": text}) + "\n" for key, text in CAPTION_LINES))
+    elif file.suffix == ".csv":
+        cells = [(key, text.replace('"', '""')) for key, text in CAPTION_LINES]
+        file.write_text("\ufeffcaption,key\r\n" + "".join(f'"{text}",{key}\r\n' for key, text in cells))
+    else:
+        by_key = {key: tuple(text for other, text in CAPTION_LINES if other == key) for key, _ in CAPTION_LINES}
+        write_shards([Record(key, captions=captions) for key, captions in by_key.items()], file)
+    return file
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "captions.csv", "side"])
+def test_generated_captions_come_from_any_form_of_file(tmp_path: Path, name: str) -> None:
+    file = write_captions(tmp_path / name)
+    read = SideShards(file) if file.is_dir() else CaptionFile(file)
+    read = pickle.loads(pickle.dumps(read))
+    expected = {key: tuple(text for other, text in CAPTION_LINES if other == key) for key, _ in CAPTION_LINES}
+    for key, captions in expected.items():
+        found = read(key)
+        assert found is not None and found.captions == captions
+    assert read("stranger") is None
+    source = GeneratedCaptionsConfig(file=file)
+    example = supervise(make_record(1), [source], {file: read})
+    assert (example.text, example.source, example.labels) == ('two "big"\nlines', "generated", ())
+
+
+def test_a_file_of_captions_costs_an_index_and_not_its_texts(tmp_path: Path) -> None:
+    file = tmp_path / "captions.jsonl"
+    file.write_text("".join(json.dumps({"key": f"k{n}", "captions": ["word " * 200]}) + "\n" for n in range(500)))
+    read = CaptionFile(file)
+    assert len(pickle.dumps(read)) < 500 * 24 + 2000 < file.stat().st_size / 30
+    found = read("k77")
+    assert found is not None and found.captions == ("word " * 200,)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"key": "a", "caption": 3}\n', r"record 1 \(a\): expected a text under 'caption'"),
+        ('{"key": "a", "captions": "text"}\n', "'captions' must be a list of texts"),
+        ('{"key": "a", "caption": "x"}\n\n{"caption": "x"}\n', "record 2: has no text under 'key'"),
+        ('{"key": "a", "caption": "x"}\n{"key": "b", "capt', r"record 2: cannot be read .*cut off"),
+    ],
+)
+def test_a_file_of_captions_that_is_damaged_is_one_clear_error(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "captions.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        CaptionFile(tmp_path / "captions.jsonl")
+
+
+def test_a_file_that_changes_under_a_run_is_noticed(tmp_path: Path) -> None:
+    file = write_captions(tmp_path / "captions.jsonl")
+    read = CaptionFile(file)
+    file.write_text(file.read_text().replace("key-1", "key-7"))
+    with pytest.raises(UserError, match="changed while it was read"):
+        read("key-1")
+
+
+def test_what_lies_beside_the_data_is_found_by_split_and_must_be_complete(tmp_path: Path) -> None:
+    keys = [f"key-{number}" for number in range(6)]
+    reader = ShardReader(write_shards([Record(key, b"picture") for key in keys], tmp_path / "data"))
+    side_labels(tmp_path / "labels" / "train", keys[:4])
+    side_labels(tmp_path / "labels" / "validation", keys)
+    source, everything = MachineLabelsConfig(labels_from=tmp_path / "labels"), np.arange(6)
+    first = next(record.key for record in reader if record.key in keys[4:])
+    with pytest.raises(UserError, match=rf"labels/train: says nothing of 2 of 6 examples of .*'{first}' the first"):
+        open_beside([source], "train", reader, everything)
+    opened = open_beside([source], "validation", reader, everything)
+    assert supervise(reader[0], [source], opened).source == "machine"
+    seen = np.array([reader.position(key) for key in keys[:4]])
+    assert open_beside([source], "train", reader, seen)  # what is not seen may be missing
+
+
+# --- No text ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_alone_has_no_text_whatever_is_known_of_it() -> None:
+    example = supervise(make_record(), [NoneConfig()])
+    assert (example.text, example.source, example.image) == ("", "none", b"picture")
+    assert supervise(make_record(captions=("  ",)), [CAPTIONS]).source == "none"
+
+
+def test_five_sources_are_mixed_by_weight(tmp_path: Path) -> None:
+    folder = side_labels(tmp_path / "side", [f"key-{number}" for number in range(2000)])
+    sources = (*ALL, GeneratedCaptionsConfig(file=folder, weight=2), NoneConfig())
+    beside = {folder: SideShards(folder)}
+    counts = Counter(supervise(make_record(number), sources, beside).source for number in range(2000))
+    assert counts.keys() == {"human", "machine", "class_name", "generated", "none"}
+    assert counts["generated"] / 2000 == pytest.approx(1 / 3, abs=0.04)
+    assert counts["none"] / 2000 == pytest.approx(1 / 6, abs=0.04)

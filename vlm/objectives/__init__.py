@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from vlm.config import Config, CustomConfig
 
@@ -18,12 +18,24 @@ if TYPE_CHECKING:
 
 
 class MaskedLanguageConfig(Config):
-    """Predict masked tokens (`masked_language.py`) from the picture too, or from the text alone."""
+    """Predict masked tokens (`masked_language.py`) from the picture too, or from the text alone.
+
+    `masking` of texts that are lists of labels: `token`, as in any text, or `whole_label`, which never leaves a part of
+    a label to tell the rest. `label_masking`: `sound`, or `released` for how the reference paper's code did it.
+    """
 
     type: Literal["masked_language"] = "masked_language"
     weight: NonNegativeFloat = 1.0
     mask_fraction: float = Field(0.15, gt=0, lt=1)
     with_image: bool = True
+    masking: Literal["token", "whole_label"] = "token"
+    label_masking: Literal["sound", "released"] = "sound"
+
+    @model_validator(mode="after")
+    def _labels_need_images(self) -> MaskedLanguageConfig:
+        if self.masking == "whole_label" and not self.with_image:
+            raise ValueError("masking=whole_label is for labels of images; unpaired texts are no lists of labels")
+        return self
 
     def build(self, model: VisionLanguageModel, tokenizer: Tokenizer, classes: tuple[str, ...]) -> Objective:
         from vlm.objectives.masked_language import MaskedLanguage

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.objectives.objective import Objective
-from vlm.types import Batch, Encoded, Loss, View
+from vlm.types import Batch, Encoded, Items, Loss, View
 
 if TYPE_CHECKING:
     from vlm.objectives import MatchingConfig
@@ -23,6 +23,7 @@ class Matching(Objective):
     In-batch negatives give a text the image of another example of the same micro-batch, so no image is encoded twice.
     They stay inside the micro-batch: a uniform draw from the ranks' union has the same distribution, and a run on
     one process then equals a run on several. `random` negatives are extra images that the loader appends to the batch.
+    An example without a text is left out: nothing there could match or not.
     """
 
     def __init__(self, config: MatchingConfig, model: VisionLanguageModel) -> None:
@@ -42,12 +43,32 @@ class Matching(Objective):
             image_index[chosen] = (chosen + torch.randint(1, max(count, 2), chosen.shape, device=device)) % count
         matched = image_index == torch.arange(count, device=device)
         matched |= same_key(batch)[torch.arange(count, device=device), image_index]
-        return View("pair", batch.text_ids, batch.text_mask, image_index=image_index, targets={"matched": matched})
+        rows = rows_with_text(batch)
+        if rows is not None:
+            image_index, matched = image_index[rows], matched[rows]
+        targets = {"matched": matched} | ({} if rows is None else {"rows": rows})
+        return View("pair", batch.text_ids, batch.text_mask, text_index=rows, image_index=image_index, targets=targets)
 
     def loss(self, view: View, encoded: Encoded) -> Loss:
         logits, matched = self.head(encoded.pooled).float(), view.targets["matched"].long()
-        accuracy = (logits.argmax(-1) == matched).float().mean()
-        return Loss(F.cross_entropy(logits, matched), len(matched), {"accuracy": accuracy})
+        if not len(matched):  # no text in the batch; a mean over nothing would poison the weights
+            return Loss(logits.sum(), 0, {"accuracy": torch.zeros((), device=logits.device)})
+        correct = logits.argmax(-1) == matched
+
+        def items() -> Items:
+            rows = view.targets.get("rows", torch.arange(len(matched), device=matched.device))
+            return Items(rows, F.cross_entropy(logits.detach(), matched, reduction="none"), correct)
+
+        return Loss(F.cross_entropy(logits, matched), len(matched), {"accuracy": correct.float().mean()}, items)
+
+
+def rows_with_text(batch: Batch) -> Int[Tensor, " n"] | None:
+    """The rows of the batch whose image has a text; None where all have one."""
+    assert batch.text_ids is not None
+    rows = [row for row, source in enumerate(batch.sources) if source != "none"]
+    if len(rows) == len(batch.sources):
+        return None
+    return torch.tensor(rows, dtype=torch.long, device=batch.text_ids.device)
 
 
 def same_key(batch: Batch) -> Bool[Tensor, "b n"]:

@@ -15,7 +15,8 @@ from vlm.config import CustomConfig
 from vlm.run import RESULT, write_atomically
 from vlm.studies.plan import Job
 from vlm.studies.statistics import estimate
-from vlm.supervision import SupervisionConfig
+from vlm.supervision import NoneConfig, SupervisionConfig
+from vlm.supervision.ledger import LEDGER, read_ledger
 
 BASELINES = ("question_prior", "chance")
 """Scores that no model made. `chance` may stand under a prefix: "styles/chance" belongs to the scores "styles/..."."""
@@ -40,6 +41,11 @@ class Score:
     question_prior: float | None  # of the most frequent training answers
     chance: float | None
     run: str  # its folder, seen from the study's
+    # From the ledger; None where the run has none, or where some component's count is unknown.
+    supervised_pairs: int | None = None  # with texts by people, that the fusion was trained on
+    total_pairs: int | None = None  # that any component has ever seen, labeller and filter included
+    total_labelled_images: int | None = None
+    others: str = ""  # components that have seen pairs beyond the supervised ones: "vision 400,000,000"
 
 
 def collect(jobs: Sequence[Job], folder: Path) -> list[Score]:
@@ -54,6 +60,7 @@ def collect(jobs: Sequence[Job], folder: Path) -> list[Score]:
         supervision = pretraining.config.supervision
         task = task_name(job)
         question_only = is_question_only(job)
+        books = _books(job)
         own_axes = [f"{label.split('.')[-1]}={value}" for label, value in job.labels.items() if _is_variant(label)]
         if len(stages[task]) > 1 and not question_only:
             own_axes.append(job.stage)
@@ -77,6 +84,7 @@ def collect(jobs: Sequence[Job], folder: Path) -> list[Score]:
                     question_prior=_baseline("question_prior", metric, result["scores"], headline(job)),
                     chance=_baseline("chance", metric, result["scores"], headline(job)),
                     run=str(job.folder.relative_to(folder.resolve())),
+                    **books,
                 )
             )
     return _with_question_only(scores)
@@ -117,15 +125,18 @@ def is_question_only(job: Job) -> bool:
 
 
 def source_name(supervision: SupervisionConfig) -> str:
-    """Where the texts of a pretraining come from: "captions", "captions+machine_labels", "none" at fraction 0."""
+    """Where the texts of a pretraining come from: "captions", "captions+machine_labels", "none" at fraction 0.
+
+    "images_only" are images that no text stands beside, which is not the same as no pretraining.
+    """
     if supervision.fraction == 0:
         return "none"
-    names = [
+    names = {
         source.target.split(":")[1] if isinstance(source, CustomConfig) else source.type
-        for source in supervision.sources
-        if isinstance(source, CustomConfig) or source.weight > 0
-    ]
-    return "+".join(sorted(names))
+        for source in supervision.drawn
+        if not isinstance(source, NoneConfig)
+    }
+    return "+".join(sorted(names)) or "images_only"
 
 
 def _stages_of_tasks(jobs: Sequence[Job]) -> dict[str, set[str]]:
@@ -140,6 +151,22 @@ def _stages_of_tasks(jobs: Sequence[Job]) -> dict[str, set[str]]:
 
 def _is_variant(label: str) -> bool:
     return label not in ("point", "task", "seed")
+
+
+def _books(job: Job) -> dict[str, Any]:
+    """What a score says of its run's ledger; nothing for runs from before there were any."""
+    file = job.folder / LEDGER
+    if not file.is_file():
+        return {}
+    ledger = read_ledger(file)
+    own, pairs, labelled = ledger.count("pairs", ["fusion"]), ledger.count("pairs"), ledger.count("labelled_images")
+    others = [f"{name} {'unknown' if seen.unknown else f'{seen.known:,}'}" for name, seen in ledger.others().items()]
+    return {
+        "supervised_pairs": None if own.unknown else own.known,
+        "total_pairs": None if pairs.unknown else pairs.known,
+        "total_labelled_images": None if labelled.unknown else labelled.known,
+        "others": "; ".join(others),
+    }
 
 
 def _result(job: Job) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ SOURCES = {
     "captions": "image-text pairs",
     "machine_labels": "machine labels",
     "class_names": "class names",
+    "generated_captions": "generated captions",
     "none": "none",
 }
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers and dashes tell the lines apart in grey.
@@ -43,6 +45,7 @@ LEVELS: tuple[tuple[str, str, Any], ...] = (
     ("chance", "chance", (0, (1, 2))),
 )
 BASIS_POINTS = 10_000
+WARNING_COLOUR = "#B00020"
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,25 @@ def baselines(scores: Sequence[Score], panel: Panel) -> list[Baseline]:
     return found
 
 
+def warnings(scores: Sequence[Score]) -> list[str]:
+    """Points that claim no image-text pairs while a component has seen some elsewhere: a CLIP tower, say."""
+    by_others: dict[str, dict[str, None]] = {}
+    for score in scores:
+        if score.supervised_pairs == 0 and score.others and not score.question_only:
+            by_others.setdefault(score.others, {})[score.point or "all"] = None
+    return [
+        f"Warning: no image-text pairs are claimed for {', '.join(points)}, but others "
+        f"{'have' if any(map(str.isdigit, others)) else 'may have'} seen pairs: {others}"
+        for others, points in by_others.items()
+    ]
+
+
+def seen_elsewhere(scores: Sequence[Score]) -> str:
+    """Who has seen pairs beyond the supervised ones, over all runs; empty where nobody has."""
+    found = {other: None for score in scores if not score.question_only for other in score.others.split("; ") if other}
+    return "; ".join(found)
+
+
 def percent(fraction: float) -> str:
     """A fraction in percent, as short as it can be said."""
     return f"{100 * fraction:.6g}"
@@ -199,17 +221,19 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
+    if warned := warnings(scores):
+        lines_of = [textwrap.fill(line, round(14 * drawn.get_figwidth())) for line in warned]
+        drawn.suptitle("\n".join(lines_of), color=WARNING_COLOUR, fontsize=9, x=0.01, ha="left")
     if legend:
         levels = [name for _, name, _ in LEVELS]
         order = [name for name in legend if name not in levels] + [name for name in levels if name in legend]
         several = [len(value.values) for of_panel in by_panel for line in of_panel for _, value in line.points]
         note = "bars: 95% t-interval of the mean over seeds; dots: single seeds" if max(several) > 1 else None
-        one_row = sum(0.7 + 0.075 * len(name) for name in order) < drawn.get_figwidth()  # inches, about
         drawn.legend(
             [legend[name] for name in order],
             order,
             loc="outside lower center",
-            ncols=len(order) if one_row else math.ceil(len(order) / 2),
+            ncols=_legend_columns(order, drawn.get_figwidth()),
             frameon=False,
             fontsize=9,
             handlelength=3.2,
@@ -217,6 +241,16 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
             title_fontsize=8,
         )
     return drawn
+
+
+def _legend_columns(names: Sequence[str], width_inches: float) -> int:
+    """As many columns as fit; they are filled one after the other."""
+    inches = [0.7 + 0.075 * len(name) for name in names]  # about: the line and the letters
+    for rows in range(1, len(names)):
+        columns = [inches[start : start + rows] for start in range(0, len(names), rows)]
+        if sum(map(max, columns)) < width_inches:
+            return len(columns)
+    return 1
 
 
 def save(drawn: Figure, file: Path) -> None:
@@ -337,11 +371,12 @@ def _markers(colour: str, marker: str) -> dict[str, Any]:
 
 
 def _x_label(figure: FigureConfig, scores: Sequence[Score]) -> str:
-    """With the number of pairs that 100% are, where all runs agree on it."""
-    if figure.x_label is not None:
-        return figure.x_label
+    """With the number of pairs that 100% are, where all runs agree on it, and the pairs that came in by other ways."""
     full = {score.pairs for score in scores if score.fraction == 1 and score.source == "captions"} - {None}
-    return f"image-text pairs used (% of {full.pop():,})" if len(full) == 1 else "image-text pairs used (%)"
+    label = f"image-text pairs used (% of {full.pop():,})" if len(full) == 1 else "image-text pairs used (%)"
+    label = label if figure.x_label is None else figure.x_label
+    elsewhere = seen_elsewhere(scores)
+    return f"{label}\n{textwrap.fill(f'and pairs seen elsewhere: {elsewhere}', 46)}" if elsewhere else label
 
 
 def _words(metric: str) -> str:
@@ -353,26 +388,44 @@ def _words(metric: str) -> str:
 
 
 def table_rows(scores: Sequence[Score], shown: Sequence[Panel]) -> list[list[str]]:
-    """Header, a row a point, and the baselines; cells hold mean ± half the width of the 95% interval."""
-    rows = [["pretraining", *(panel.title for panel in shown)]]
+    """Header, a row a point, and the baselines; cells hold mean ± half the width of the 95% interval.
+
+    Where a component has seen pairs beyond the supervised ones, the second column says how many anybody has.
+    """
+    with_total = bool(seen_elsewhere(scores))
+    rows = [["pretraining", *(["pairs ever seen"] if with_total else []), *(panel.title for panel in shown)]]
     by_panel = [panel.of(scores) for panel in shown]
     for point, variant in dict.fromkeys((score.point, score.variant) for own in by_panel for score in own):
         cells = []
         for own in by_panel:
             values = [score.score for score in own if (score.point, score.variant) == (point, variant)]
             cells.append(str(estimate(values)) if values else "")
-        rows.append([", ".join(filter(None, (point, variant))) or "all", *cells])
+        total = [_totals([score for own in by_panel for score in own if score.point == point])] if with_total else []
+        rows.append([", ".join(filter(None, (point, variant))) or "all", *total, *cells])
     of_panels = [{baseline.name: baseline.value for baseline in baselines(scores, panel)} for panel in shown]
     for name in [name for _, name, _ in LEVELS if any(name in of_panel for of_panel in of_panels)]:
-        rows.append([name, *(f"{of_panel[name]:.1f}" if name in of_panel else "" for of_panel in of_panels)])
+        blank = [""] if with_total else []
+        rows.append([name, *blank, *(f"{of_panel[name]:.1f}" if name in of_panel else "" for of_panel in of_panels)])
     return rows
 
 
 def table_note(scores: Sequence[Score]) -> str:
+    """What the numbers are, and what must be known of them."""
     seeds = len({score.seed for score in scores if not score.question_only})
-    if seeds < 2:
-        return "Scores in percent, one seed."
-    return f"Scores in percent: mean ± half the width of the 95% t-interval over {seeds} seeds."
+    note = "Scores in percent, one seed."
+    if seeds >= 2:
+        note = f"Scores in percent: mean ± half the width of the 95% t-interval over {seeds} seeds."
+    elsewhere = seen_elsewhere(scores)
+    return "\n\n".join([note, *([f"Pairs seen elsewhere: {elsewhere}."] if elsewhere else []), *warnings(scores)])
+
+
+def _totals(scores: Sequence[Score]) -> str:
+    """Pairs that any component has seen, over the runs of one point."""
+    totals = {score.total_pairs for score in scores}
+    if None in totals or not totals:
+        return "unknown"
+    low, high = min(totals), max(totals)  # type: ignore[type-var]  # None is not among them
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def markdown_table(scores: Sequence[Score], shown: Sequence[Panel], question: str) -> str:

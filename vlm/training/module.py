@@ -40,7 +40,7 @@ class TrainingModule(lightning.LightningModule):
         torch.manual_seed(step_seed(self.seed, batch_idx * self.trainer.world_size + self.global_rank, "step"))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        for name in ("image", "text_ids", "text_mask", "special_mask", "targets"):
+        for name in ("image", "text_ids", "text_mask", "special_mask", "label_tokens", "targets"):
             value = getattr(batch, name)
             if isinstance(value, Tensor):
                 setattr(batch, name, value.to(device, non_blocking=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,15 @@ from vlm.models.vision_language import VisionLanguageModel
 from vlm.objectives.objective import Objective
 from vlm.training.module import TrainingModule
 from vlm.training.optimizer import OptimizerConfig
-from vlm.types import Batch
+from vlm.types import Batch, Loss, Source
 
 
 class Pretraining(TrainingModule):
-    """Sums the weighted objectives. Unimodal pretraining is the same module with unimodal objectives."""
+    """Sums the weighted objectives. Unimodal pretraining is the same module with unimodal objectives.
+
+    `is_mixture`: the texts come from several sources, and the logs tell them apart: `train/share/machine`,
+    `train/matching/loss/machine` and so on.
+    """
 
     def __init__(
         self,
@@ -26,13 +31,18 @@ class Pretraining(TrainingModule):
         optimizer: OptimizerConfig,
         num_steps: int,
         seed: int,
+        is_mixture: bool = False,
     ) -> None:
         super().__init__(model, optimizer, num_steps, seed)
+        self.is_mixture = is_mixture
         self.objectives = nn.ModuleDict(dict(objectives))
         self.weights = dict(weights)
 
-    def losses_of(self, batch: Batch) -> dict[str, Tensor]:
-        """Every objective's loss and figures by name, and `loss`, the weighted sum."""
+    def losses_of(self, batch: Batch, by_source: bool = False) -> dict[str, Tensor]:
+        """Every objective's loss and figures by name, and `loss`, the weighted sum.
+
+        `by_source` adds those figures for each source that the batch holds, and the source's share of its texts.
+        """
         views = {name: objective.view(batch) for name, objective in self._named()}
         encoded = self.model.encode(batch.image, list(views.values()))
         values: dict[str, Tensor] = {}
@@ -41,11 +51,17 @@ class Pretraining(TrainingModule):
             loss = objective.loss(views[name], states)
             values[f"{name}/loss"] = loss.value
             values |= {f"{name}/{figure}": value for figure, value in loss.figures.items()}
+            if by_source:
+                values |= _by_source(name, loss, batch)
             total = total + self.weights[name] * loss.value
+        if by_source:
+            num_texts = max(len(batch.sources), 1)
+            values |= {f"share/{s}": total.new_tensor(batch.sources.count(s) / num_texts) for s in get_args(Source)}
         return values | {"loss": total}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        values = self.losses_of(batch)
+        is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        values = self.losses_of(batch, by_source=self.is_mixture and is_logged)
         self.log_train({name: value.detach() for name, value in values.items()}, len(batch.keys))
         return values["loss"]
 
@@ -60,3 +76,18 @@ class Pretraining(TrainingModule):
 
     def _named(self) -> list[tuple[str, Objective]]:
         return list(self.objectives.items())  # type: ignore[arg-type]  # ModuleDict forgets the class
+
+
+def _by_source(name: str, loss: Loss, batch: Batch) -> dict[str, Tensor]:
+    """Means over the items of each source that has any."""
+    if loss.items is None:
+        return {}
+    items, values = loss.items(), {}
+    numbers = {source: number for number, source in enumerate(get_args(Source))}
+    sources = torch.tensor([numbers[source] for source in batch.sources], device=items.row.device)[items.row]
+    for source, number in numbers.items():
+        mine = sources == number
+        if mine.any():
+            values[f"{name}/loss/{source}"] = items.loss[mine].mean()
+            values[f"{name}/accuracy/{source}"] = items.correct[mine].float().mean()
+    return values

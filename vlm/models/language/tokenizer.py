@@ -65,7 +65,29 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Int[Tensor, "n l"], Bool[Tensor, "n l"], Bool[Tensor, "n l"]]:
         """Ids, mask (True at real tokens) and special mask (True at CLS, SEP and padding) of a batch of texts."""
+        return self._tensors(self.backend.encode_batch(list(texts)))
+
+    def with_spans(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Sequence[tuple[int, int]]]]
+    ) -> tuple[Int[Tensor, "n l"], Bool[Tensor, "n l"], Bool[Tensor, "n l"], Bool[Tensor, "n labels l"]]:
+        """As for a call, and for each label of each text the tokens that share a character with one of its spans.
+
+        A span is [start, end) in characters of the text. What lies behind the cut to `max_tokens` has no tokens.
+        """
         encodings = self.backend.encode_batch(list(texts))
+        ids, mask, special = self._tensors(encodings)
+        tokens = torch.zeros(len(texts), max(map(len, spans), default=0), ids.shape[1], dtype=torch.bool)
+        for row, of_text in enumerate(spans):
+            if of_text:
+                starts, ends = torch.tensor(encodings[row].offsets).T
+                for label, of_label in enumerate(of_text):
+                    for start, end in of_label:
+                        tokens[row, label] |= (starts < end) & (ends > start)
+        return ids, mask, special, tokens & ~special[:, None]
+
+    def _tensors(
+        self, encodings: Sequence[tokenizers.Encoding]
+    ) -> tuple[Int[Tensor, "n l"], Bool[Tensor, "n l"], Bool[Tensor, "n l"]]:
         ids = torch.tensor([encoding.ids for encoding in encodings])
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
         special = torch.tensor([encoding.special_tokens_mask for encoding in encodings], dtype=torch.bool)

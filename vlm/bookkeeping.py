@@ -1,0 +1,237 @@
+"""From a run's config to its ledger: what each component will have seen at the end, and before the beginning."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_loaders import FolderData
+from vlm.config import CustomConfig, load_yaml
+from vlm.objectives import ImageClassesConfig
+from vlm.run import CONFIG, RESULT, RunConfig, weights_of_run, write_atomically
+from vlm.supervision import (
+    BestByScoreConfig,
+    CaptionsConfig,
+    GeneratedCaptionsConfig,
+    MachineLabelsConfig,
+    NoneConfig,
+    SourceConfig,
+)
+from vlm.supervision.ledger import (
+    LEARNERS,
+    LEDGER,
+    Component,
+    Entry,
+    Ledger,
+    Positions,
+    SeenConfig,
+    declared_entries,
+    maker_entries,
+    model_entries,
+    read_ledger,
+    unknown_entries,
+)
+from vlm.supervision.published import Kind
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from data_loaders.shards import ShardReader
+
+UNPREPARED = "unknown before the data is prepared"
+
+
+def ledger_of(
+    config: RunConfig, root: Path | None, num_questions: int | None = None, max_read: int | None = None
+) -> Ledger:
+    """What each component of the run will have seen at its end, with all runs and models that it comes from.
+
+    `root`: the data root; None where there is none yet, and then what this run sees is unknown. `num_questions`: of a
+    fine-tuning. To count a mixture of sources, every record of the window is read; beyond `max_read` it is left open.
+    """
+    ledger, trained = _inherited(config), _trained(config)
+    if config.task is not None:
+        name = config.task.target if isinstance(config.task, CustomConfig) else config.task.type
+        return ledger.plus(trained, [Entry("questions", name, num_questions)] if num_questions else [])
+    if config.data.part == "texts":
+        return ledger.plus([name for name in trained if name == "language"], [_texts(root)])
+    if config.data.part == "images":
+        return ledger.plus([name for name in trained if name == "vision"], _images(config, root))
+    if config.supervision.fraction == 0:
+        return ledger
+    entries = _pairs(config, root, max_read)
+    return ledger.plus(trained, entries) | _advisers(config, root) if entries else ledger
+
+
+def write_ledger(config: RunConfig, root: Path, num_questions: int | None = None) -> None:
+    """The run's ledger into its folder and its TensorBoard, once."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    file = config.run_folder / LEDGER
+    if file.is_file() or int(os.environ.get("LOCAL_RANK", 0)) != 0:
+        return
+    ledger = ledger_of(config, root, num_questions)
+    with SummaryWriter(str(config.run_folder)) as writer:
+        writer.add_text("ledger", ledger.markdown())
+        for name, number in ledger.scalars().items():
+            writer.add_scalar(f"ledger/{name}", number)
+    write_atomically(file, ledger.text())
+
+
+def ledger_of_run(run: Path) -> Ledger:
+    """The ledger of another run; of one that was trained before there were ledgers, counted from its config."""
+    if (run / LEDGER).is_file():
+        return read_ledger(run / LEDGER)
+    if not (run / CONFIG).is_file():
+        return Ledger({name: unknown_entries(name, run.name) for name in LEARNERS})
+    config = load_yaml(run / CONFIG, RunConfig)
+    examples = json.loads((run / RESULT).read_text()).get("examples") if (run / RESULT).is_file() else None
+    return ledger_of(config, prepared_root(config), examples)
+
+
+def prepared_root(config: RunConfig) -> Path | None:
+    """The data root, if it is there already."""
+    return config.data.root if config.data.root.is_dir() else None
+
+
+def _trained(config: RunConfig) -> list[Component]:
+    """The components whose weights this run changes."""
+    trained: list[Component] = ["fusion"]
+    encoders: tuple[Component, ...] = ("vision", "language")
+    for name in encoders if config.optimizer.multipliers.encoders > 0 else ():
+        if not getattr(getattr(config.model, name), "frozen", False):
+            trained.append(name)
+    return trained
+
+
+def _inherited(config: RunConfig) -> Ledger:
+    """What the components have seen before this run: from the run it starts from, or with their encoders' weights."""
+    if config.start_from is not None:
+        return ledger_of_run(config.start_from)
+    encoders: tuple[Component, ...] = ("vision", "language")
+    return Ledger({name: _encoder(name, config) for name in encoders})
+
+
+def _encoder(name: Component, config: RunConfig) -> tuple[Entry, ...]:
+    encoder, declared = getattr(config.model, name), getattr(config.declared, name)
+    run, weights = weights_of_run(encoder), getattr(encoder, "weights", None)
+    pretrained = getattr(encoder, "pretrained", True)
+    if declared is not None:
+        return declared_entries(name, declared)
+    if run is not None:
+        return ledger_of_run(run).seen.get(name, ())
+    if encoder.type == "tiny" or not pretrained:
+        return ()
+    if weights is not None:
+        is_package = str(weights).startswith("package:")
+        return model_entries(name, str(weights)) if is_package else unknown_entries(name, str(weights))
+    tag = f"/{pretrained}" if isinstance(pretrained, str) else ""
+    return model_entries(name, f"{encoder.type}:{getattr(encoder, 'name', None) or encoder.target}{tag}")
+
+
+def _texts(root: Path | None) -> Entry:
+    if root is None:
+        return Entry("texts", "data", None, UNPREPARED)
+    text = (root / "texts" / "train.txt").read_bytes()
+    return Entry("texts", hashlib.sha256(text).hexdigest()[:12], len(text.decode().splitlines()))
+
+
+def _images(config: RunConfig, root: Path | None) -> list[Entry]:
+    has_labels = any(isinstance(objective, ImageClassesConfig) for objective in config.objectives.values())
+    kind: Kind = "labelled_images" if has_labels else "images"
+    if root is None:
+        return [Entry(kind, "data", None, UNPREPARED)]
+    reader, chosen = _chosen(config, root / "unimodal" / "train")
+    return _entries(reader, {kind: chosen})
+
+
+def _pairs(config: RunConfig, root: Path | None, max_read: int | None) -> list[Entry]:
+    """The supervised examples by what their texts are. One source's texts are taken to be all of its kind."""
+    certain = [_kind_of(source) for source in config.supervision.drawn]
+    kinds: list[Kind] = [kind for kind in dict.fromkeys(certain) if kind is not None]
+    if root is None:
+        return [Entry(kind, "data", None, UNPREPARED) for kind in kinds or ["pairs"]]
+    reader, chosen = _chosen(config, root / "pairs" / "train")
+    if len(kinds) == 1 and None not in certain:
+        return _entries(reader, {kinds[0]: chosen})
+    if max_read is not None and len(chosen) > max_read:
+        note = "counted when the run starts"
+        return [Entry(kind, reader.index.fingerprint, None, note) for kind in kinds or ["pairs"]]
+    return _entries(reader, _by_reading(config, reader, chosen))
+
+
+def _chosen(config: RunConfig, folder: Path) -> tuple[ShardReader, NDArray[np.int64]]:
+    from data_loaders.beside import select
+    from data_loaders.shards import ShardReader, open_index
+
+    reader = ShardReader(open_index(folder))
+    return reader, select(config.supervision, reader)
+
+
+def _entries(reader: ShardReader, positions: dict[Kind, NDArray[np.int64]]) -> list[Entry]:
+    return [
+        Entry(kind, reader.index.fingerprint, len(at), "", Positions.at(at, len(reader)))
+        for kind, at in positions.items()
+        if len(at)
+    ]
+
+
+def _kind_of(source: SourceConfig) -> Kind | None:
+    """What a source makes of an image; None where only its texts tell."""
+    if isinstance(source, CustomConfig):
+        return None
+    if isinstance(source, CaptionsConfig):
+        return "pairs"
+    return "images" if isinstance(source, NoneConfig) else "labelled_images"
+
+
+def _by_reading(config: RunConfig, reader: ShardReader, chosen: NDArray[np.int64]) -> dict[Kind, NDArray[np.int64]]:
+    """Positions by the kind of supervision that each example has, as its step will see it."""
+    import numpy as np
+
+    from data_loaders.beside import open_beside
+    from vlm.supervision.sources import supervise
+
+    sources = config.supervision.sources
+    beside = open_beside(config.supervision.drawn, "train", reader, chosen)
+    kinds: dict[str, Kind] = {"human": "pairs", "none": "images"}
+    order: tuple[Kind, ...] = ("pairs", "labelled_images", "images")
+    seen = (supervise(reader.text(int(at)), sources, beside).source for at in chosen)
+    found = np.fromiter((order.index(kinds.get(source, "labelled_images")) for source in seen), np.uint8, len(chosen))
+    return {kind: chosen[found == number] for number, kind in enumerate(order)}
+
+
+def _advisers(config: RunConfig, root: Path | None) -> Ledger:
+    """What labeller, captioner and filter have seen, as far as this run listens to them."""
+    ledger, declared = Ledger(), config.declared
+    for source in config.supervision.drawn:
+        if isinstance(source, MachineLabelsConfig):
+            seen = _adviser("labeller", config, root, source.labels_from, declared.labeller)
+            ledger = ledger.plus(["labeller"], seen)
+        elif isinstance(source, GeneratedCaptionsConfig):
+            ledger = ledger.plus(["generator"], _adviser("generator", config, root, source.file, declared.generator))
+    selection = config.supervision.selection
+    if isinstance(selection, BestByScoreConfig) and config.supervision.fraction < 1:  # of all, there is no choice
+        said = declared.filter or (declared.labeller if selection.file is None else None)
+        ledger = ledger.plus(["filter"], _adviser("filter", config, root, selection.file, said))
+    return ledger
+
+
+def _adviser(
+    name: Component, config: RunConfig, root: Path | None, path: Path | None, declared: SeenConfig | None
+) -> tuple[Entry, ...]:
+    """What the maker of labels, captions or scores has seen. `path`: beside the data; None: the data's own labels."""
+    from data_loaders.beside import of_split
+    from data_loaders.shards import open_index
+
+    if declared is not None:
+        return declared_entries(name, declared)
+    if path is None and not isinstance(config.data, FolderData):
+        return ()  # no model made them: a program with errors of its own, or people's tags
+    folder: Any = of_split(path, "train") if path is not None else root and root / "pairs" / "train"
+    made_by = open_index(folder).made_by if folder and (folder / "index.json").is_file() else {}
+    return maker_entries(name, made_by) if made_by else unknown_entries(name, f"who made {path or 'the labels'}")
