@@ -19,7 +19,7 @@ LAYERS = (
     ("vlm.models", "vlm.objectives", "vlm.supervision", "vlm.tasks", "vlm.metrics", "vlm.training.optimizer"),
     ("data_loaders",),
     ("vlm.run",),
-    ("vlm.training", "vlm.bookkeeping", "vlm.evaluation", "vlm.studies", "vlm.scoring", "vlm.hub"),
+    ("vlm.training", "vlm.bookkeeping", "vlm.evaluation", "vlm.studies", "vlm.scoring", "vlm.labelling", "vlm.hub"),
     ("vlm", "vlm.cli"),
 )
 ENTRIES = {entry: number for number, layer in enumerate(LAYERS) for entry in layer}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,7 +94,20 @@ def _parser() -> argparse.ArgumentParser:
         "--max-missing", type=float, metavar="FRACTION", default=0.0, help="of the images that may be lost (default: 0)"
     )
 
-    for each in (show, train, evaluate, study, prepare):
+    label = verb("label", _label, "Give the images of a shard folder machine labels with scores, as side shards.")
+    label.add_argument("shards", type=Path, metavar="SHARDS", help="a shard folder, such as DATA_ROOT/pairs/train")
+    label.add_argument(
+        "--with", dest="labeller", required=True, metavar="TYPE:NAME", help="timm:NAME or open_clip:ARCHITECTURE/TAG"
+    )
+    label.add_argument(
+        "--vocabulary", type=Path, metavar="FILE", help="the labels, one a line; a timm model may bring its own"
+    )
+    label.add_argument("--to", type=Path, metavar="DIR", help="the side shards (default: SHARDS-labels-NAME)")
+    label.add_argument("--on", choices=("local", "ray"), default="local", help="one machine, or a Ray cluster")
+    label.add_argument("--address", metavar="HOST:PORT", help="of a running Ray cluster (default: one is started here)")
+    label.add_argument("--workers", type=int, metavar="N", help="of the cluster (default: its GPUs, else its cores)")
+
+    for each in (show, train, evaluate, study, prepare, label):
         each.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as seed=3 or data=world")
     return parser
 
@@ -272,6 +286,34 @@ def _score(options: argparse.Namespace) -> None:
         report(scoring, options.json, options.resamples, options.seed)
     finally:
         gc.enable()
+
+
+def _label(options: argparse.Namespace) -> None:
+    from functools import partial
+
+    from rich.console import Console
+
+    from vlm.config import apply_overrides
+    from vlm.labelling import LabellingConfig
+
+    kind, _, name = options.labeller.partition(":")
+    if kind not in ("timm", "open_clip", "custom") or not name:
+        raise UserError(f"--with {options.labeller}: expected timm:NAME, open_clip:NAME or custom:MODULE:CLASS")
+    if options.on == "local" and (options.address is not None or options.workers is not None):
+        raise UserError("--address and --workers belong to --on ray")
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers must be at least 1. Got {options.workers}")
+    labeller = {"type": kind, "target" if kind == "custom" else "name": name}
+    config = LabellingConfig.model_validate({"labeller": labeller, "vocabulary": options.vocabulary})
+    config = apply_overrides(config, options.overrides)
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+    to = options.to or options.shards.with_name(f"{options.shards.name}-labels-{slug}")
+
+    from vlm.labelling.labelling import Job, label_shards, locally
+    from vlm.labelling.on_ray import on_ray
+
+    launch = locally if options.on == "local" else partial(on_ray, address=options.address, workers=options.workers)
+    label_shards(Job(options.shards, config), to, launch, Console())
 
 
 def _prepare(options: argparse.Namespace) -> None:

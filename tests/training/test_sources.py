@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_loaders.shards import ShardReader, open_index, write_shards
+from vlm.cli import main
 from vlm.errors import UserError
 from vlm.run import LAST, RESULT, RunConfig, read_checkpoint, train
 from vlm.types import Record
@@ -40,6 +42,23 @@ def test_a_mixture_logs_each_source_apart(make_config: MakeConfig) -> None:
     for step, (one, other, loss) in enumerate(zip(human, machine, every, strict=True)):
         weights = shares["human"][step], shares["machine"][step]
         assert loss == pytest.approx((one * weights[0] + other * weights[1]) / sum(weights), rel=1e-4)
+
+
+def test_labels_of_a_model_train_a_run_whose_ledger_knows_the_model(make_config: MakeConfig, tmp_path: Path) -> None:
+    """From `vlm label` with an untrained classifier to a pretraining on its labels."""
+    root = make_config("pretrain").data.prepare(progress=False)
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), weights)
+    for split in ("train", "validation"):
+        shards, to = root / "pairs" / split, tmp_path / "labels" / split
+        settings = [f"labeller.weights={weights}", "min_score=0", "max_labels=3"]
+        assert main(["label", str(shards), "--with", "timm:test_resnet.r160_in1k", "--to", str(to), *settings]) == 0
+    labels = f"supervision.sources=[{{type: machine_labels, labels_from: '{tmp_path / 'labels'}'}}]"
+    folder = train(make_config("pretrain", labels, "trainer.samples=64"))
+    ledger = json.loads((folder / "ledger.json").read_text())
+    assert ledger["distinct"]["fusion"]["pairs"] == 0
+    assert ledger["distinct"]["fusion"]["labelled_images"] == 64
+    assert ledger["distinct"]["labeller"]["labelled_images"] == 1_281_167  # what "in1k" in its name says
 
 
 def test_one_source_logs_what_it_always_did(make_config: MakeConfig) -> None:

@@ -36,7 +36,7 @@ class TimmVision(nn.Module):
         self, name: str, pretrained: bool, image_pixels: int | None = None, weights: Path | str | None = None
     ) -> None:
         super().__init__()
-        published = _published_config(name)
+        published = published_config(name)
         # Only models with position embeddings or windows take a size; convolutions run at any.
         arguments = {"img_size": image_pixels} if image_pixels and published["fixed_input_size"] else {}
         self.model: Any = _create(name, arguments, pretrained, None if weights is None else str(weights))
@@ -69,7 +69,7 @@ def load_package_weights(model: nn.Module, package: str) -> None:
     by order, and each pair must agree in shape and in its last part (weight, bias, running_mean, ...).
     """
     file = _package_checkpoint(package)
-    theirs = _read(file)
+    theirs = read_weights(file)
     ours = model.state_dict()
     if set(theirs) != set(ours):
         if len(theirs) != len(ours):
@@ -93,8 +93,8 @@ def _create(name: str, arguments: dict[str, Any], pretrained: bool, weights: str
         model.reset_classifier(0)
         return model
     if pretrained and weights is not None:
-        state = _read(Path(weights))
-        for head in _as_tuple(_published_config(name)["classifier"]):
+        state = read_weights(Path(weights))
+        for head in _as_tuple(published_config(name)["classifier"]):
             state.pop(f"{head}.weight", None)
             state.pop(f"{head}.bias", None)
         # num_classes=0 on both sides: timm then loads strictly, and resamples positions by the model's own rules
@@ -117,7 +117,7 @@ def _create(name: str, arguments: dict[str, Any], pretrained: bool, weights: str
         ) from None
 
 
-def _published_config(name: str) -> dict[str, Any]:
+def published_config(name: str) -> dict[str, Any]:
     """What timm knows of a name's pretrained weights: input size, mean, std, interpolation, head."""
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -149,7 +149,7 @@ def _package_checkpoint(package: str) -> Path:
     return files[0]
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UserError(f"{file}: no such weights file (.safetensors or .pth)")
     try:

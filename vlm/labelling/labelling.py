@@ -1,0 +1,265 @@
+"""From a shard folder to side shards with machine labels: what is done, what is left, what was damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_loaders.progress import progress_bar
+from data_loaders.shards import Index, ShardReader, open_index, write_ordered_shards
+from data_loaders.transforms import ImageError, decode_image
+from vlm.errors import UserError
+from vlm.labelling import LabellingConfig
+from vlm.labelling.labellers import Labeller, read_vocabulary
+from vlm.run import write_atomically
+from vlm.types import Record
+
+FORMAT = 1
+JOB = "job.json"
+DIGITS = 4  # of a score: what differs further back is the order of sums, not the image
+NUM_SHOWN = 10  # labels in the closing table
+
+Outcome = tuple[int, str]
+"""A shard's number, and its labels as JSON lines."""
+Launch = Callable[["Job", Sequence[int]], Iterator[Outcome]]
+"""Labels the shards of these numbers, here or elsewhere; in any order."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The shards to label and how. What is made depends on nothing else."""
+
+    shards: Path
+    config: LabellingConfig
+
+    def worker(self) -> Worker:
+        return Worker(self)
+
+
+@dataclass
+class Totals:
+    """What the closing table tells."""
+
+    images: int = 0
+    without_label: int = 0
+    damaged: list[str] = field(default_factory=list)
+    labels: Counter[str] = field(default_factory=Counter)
+    scores: Counter[str] = field(default_factory=Counter)
+
+
+def label_shards(job: Job, to: Path, launch: Launch, console: Console, progress: bool = True) -> Path:
+    """Label every image of `job.shards` and write the side shards `to`, which appear whole or not at all.
+
+    Finished shards wait beside `to`, in `.NAME-partial`: the same command continues after any interruption. What was
+    begun with other images, another vocabulary or other settings is not continued.
+    """
+    index = open_index(job.shards)
+    config = _with_vocabulary(job.config)
+    made_by = _made_by(job, index)
+    if to.exists():
+        if open_index(to).made_by == made_by:
+            console.print(f"{to}: is there already, made of the same images in the same way", soft_wrap=True)
+            return to
+        raise UserError(f"{to}: is there, and was made in another way. Give another folder with --to, or remove it")
+    partial = to.with_name(f".{to.name}-partial")
+    if not _continues(partial, made_by):
+        if partial.is_dir():
+            console.print(f"{partial}: was begun in another way, and is begun anew", soft_wrap=True)
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        write_atomically(partial / JOB, json.dumps(made_by))
+    numbers = [number for number, shard in enumerate(index.shards) if shard["examples"]]
+    missing = [number for number in numbers if not _part(partial, number).is_file()]
+    sizes = {number: int(index.shards[number]["examples"]) for number in numbers}
+    with progress_bar(progress) as bar:
+        shown = bar.add_task("labelling", total=len(index), completed=len(index) - sum(sizes[n] for n in missing))
+        for number, text in launch(Job(job.shards, config), missing) if missing else ():
+            write_atomically(_part(partial, number), text)
+            bar.advance(shown, sizes[number])
+    totals = Totals()
+    write_ordered_shards(_records(partial, numbers, totals), to, made_by=made_by)
+    shutil.rmtree(partial)
+    _show(console, totals, to)
+    return to
+
+
+def locally(job: Job, numbers: Sequence[int]) -> Iterator[Outcome]:
+    """One shard after the other in this process, on its GPU where it has one."""
+    return job.worker().label(numbers)
+
+
+class Worker:
+    """A labeller in memory, ready for any shard. Batches are cut inside each shard, so no shard depends on another."""
+
+    def __init__(self, job: Job) -> None:
+        self.config = job.config
+        self.index = open_index(job.shards)
+        vocabulary = read_vocabulary(job.config.vocabulary) if job.config.vocabulary is not None else None
+        self.labeller: Labeller = job.config.labeller.build(vocabulary)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.labeller.model.to(self.device)
+        self.names = list(dict.fromkeys(self.labeller.labels))
+
+    def label(self, numbers: Sequence[int]) -> Iterator[Outcome]:
+        """Each shard's labels, best first, of every image; none for an image that is damaged, if that is allowed."""
+        batches = _Batches(self.index, numbers, self.labeller.transform, self.config)
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=self.config.num_workers,
+            multiprocessing_context="spawn" if self.config.num_workers else None,
+        )
+        lines: list[str] = []
+        for place, (keys, pixels, damaged) in enumerate(loader):
+            scores = iter(self._scores(pixels).tolist() if pixels is not None else ())
+            for key in keys:
+                row = self._row(key, None if key in damaged else next(scores), damaged.get(key))
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            if place in batches.last_of_shard:
+                yield batches.last_of_shard[place], "".join(lines)
+                lines = []
+
+    @torch.inference_mode()
+    def _scores(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
+        """A score for each distinct label. Classes of one name are one: shares add up, of other scores the best counts.
+
+        ImageNet has two classes `crane`, a bird and a machine.
+        """
+        scores = self.labeller.scores(pixels.to(self.device)).cpu()
+        if len(self.names) == scores.shape[1]:
+            return scores
+        numbers = {name: number for number, name in enumerate(self.names)}
+        columns = torch.tensor([numbers[label] for label in self.labeller.labels])
+        shares = getattr(self.config.labeller, "activation", "softmax") == "softmax"
+        merged = torch.zeros(len(scores), len(self.names))
+        return merged.index_reduce(1, columns, scores, "amax") if not shares else merged.index_add(1, columns, scores)
+
+    def _row(self, key: str, scores: list[float] | None, problem: str | None) -> dict[str, Any]:
+        if scores is None:
+            return {"key": key, "damaged": problem}
+        rounded = [round(min(score, 1.0), DIGITS) for score in scores]
+        best = sorted(range(len(rounded)), key=lambda at: (-rounded[at], at))[: self.config.max_labels]
+        chosen = [at for at in best if rounded[at] >= self.config.min_score]
+        return {"key": key, "labels": [self.names[at] for at in chosen], "scores": [rounded[at] for at in chosen]}
+
+
+class _Batches(Dataset[tuple[list[str], Tensor | None, dict[str, str]]]):
+    """The images of some shards, decoded batch by batch: keys, pixels of those that decode, why the others do not."""
+
+    def __init__(
+        self, index: Index, numbers: Sequence[int], transform: Callable[[Any], Tensor], config: LabellingConfig
+    ) -> None:
+        self.reader, self.transform, self.config = ShardReader(index), transform, config
+        self.batches: list[range] = []  # positions of each
+        self.last_of_shard: dict[int, int] = {}  # batch -> the shard that it completes
+        for number in numbers:
+            first, end = np.searchsorted(index.shard, (number, number + 1)).tolist()
+            cuts = range(first, end, config.batch_size)
+            self.batches += [range(cut, min(cut + config.batch_size, end)) for cut in cuts]
+            self.last_of_shard[len(self.batches) - 1] = number
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[list[str], Tensor | None, dict[str, str]]:
+        keys, pixels, damaged = [], [], {}
+        for position in self.batches[number]:
+            record = self.reader[position]
+            keys.append(record.key)
+            try:
+                pixels.append(self.transform(decode_image(record.image, self._place(position, record.key))))
+            except ImageError as error:
+                if self.config.damaged == "stop":
+                    raise UserError(f"{error}. Prepare it again, or leave it without labels: damaged=skip") from None
+                damaged[record.key] = str(error)
+        return keys, torch.stack(pixels) if pixels else None, damaged
+
+    def _place(self, position: int, key: str) -> str:
+        index = self.reader.index
+        return f"{index.folder / index.shards[int(index.shard[position])]['file']}: {key}"
+
+
+def _with_vocabulary(config: LabellingConfig) -> LabellingConfig:
+    """The same, once the vocabulary is known to be readable, by a path that holds anywhere."""
+    if config.vocabulary is None:
+        return config
+    read_vocabulary(config.vocabulary)
+    return config.model_copy(update={"vocabulary": config.vocabulary.resolve()})
+
+
+def _made_by(job: Job, index: Index) -> dict[str, Any]:
+    """Who made the labels, of what and how: what `Index.made_by` of the side shards holds."""
+    labeller = job.config.labeller
+    name = getattr(labeller, "name", None) or getattr(labeller, "target", "")
+    vocabulary = read_vocabulary(job.config.vocabulary) if job.config.vocabulary is not None else None
+    digest = hashlib.sha256("\n".join(vocabulary).encode()).hexdigest()[:12] if vocabulary else None
+    settings = job.config.model_dump(mode="json", exclude={"vocabulary", "num_workers", "damaged"})
+    return {
+        "format": FORMAT,
+        "model": f"{labeller.type}:{name}",
+        "vocabulary": {"labels": len(vocabulary), "sha256": digest} if vocabulary else None,
+        "of": index.fingerprint,
+        "settings": settings,
+    }
+
+
+def _continues(partial: Path, made_by: dict[str, Any]) -> bool:
+    try:
+        return bool(json.loads((partial / JOB).read_text()) == made_by)
+    except (OSError, ValueError):
+        return False
+
+
+def _part(partial: Path, number: int) -> Path:
+    return partial / f"{number:05d}.jsonl"
+
+
+def _records(partial: Path, numbers: Iterable[int], totals: Totals) -> Iterator[Record]:
+    """The labels of all shards in order, counted as they pass."""
+    for number in numbers:
+        with _part(partial, number).open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                labels, scores = tuple(row.get("labels", ())), tuple(row.get("scores", ()))
+                totals.images += 1
+                totals.without_label += not labels
+                totals.labels.update(labels)
+                for label, score in zip(labels, scores, strict=True):
+                    totals.scores[label] += score
+                if "damaged" in row:
+                    totals.damaged.append(row["damaged"])
+                yield Record(row["key"], labels=labels, scores=scores)
+
+
+def _show(console: Console, totals: Totals, to: Path) -> None:
+    table = Table(
+        "label", title=f"{sum(totals.labels.values()):,} labels of {totals.images:,} images", title_justify="left"
+    )
+    for heading in ("images", "mean score"):
+        table.add_column(heading, justify="right")
+    for label, count in totals.labels.most_common(NUM_SHOWN):
+        table.add_row(label, f"{count:,}", f"{totals.scores[label] / count:.2f}")
+    if len(totals.labels) > NUM_SHOWN:
+        table.add_row(f"and {len(totals.labels) - NUM_SHOWN:,} more", "", "", style="dim")
+    console.print(table)
+    if totals.without_label:
+        console.print(f"{totals.without_label:,} images without a label")
+    if totals.damaged:
+        console.print(f"{len(totals.damaged):,} images that cannot be decoded:", style="bold")
+        for problem in totals.damaged:
+            console.print(problem, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"labels  {to}", highlight=False, soft_wrap=True)
