@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import Field, PositiveInt
@@ -62,6 +62,7 @@ class ImageTextConfig(Config):
     checksum_archives: bool = False  # SHA-256 of the tars too: they are read whole once more
 
 
+@runtime_checkable
 class Scan(Protocol):
     """A part of a release that one process reads in one go; pickled on its way there."""
 

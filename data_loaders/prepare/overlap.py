@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import zlib
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -47,7 +48,7 @@ class KeyList:
             raise UserError(f"{self.file}: cannot be read ({error}). Copy or prepare it again") from None
 
 
-def _opened(file: Path) -> TextIO:
+def _opened(file: Path) -> io.TextIOWrapper:
     if file.suffix == ".gz":
         return gzip.open(file, "rt", encoding="ascii")
     return file.open(encoding="ascii")
@@ -109,7 +110,7 @@ def overlap(lists: Sequence[KeyList], to: Path | None = None) -> Overlap:
     return Overlap(sizes, common, union, tuple(tuple(row) for row in pairwise))
 
 
-def _written(file: Path) -> TextIO:
+def _written(file: Path) -> io.TextIOWrapper:
     if ".gz" in file.suffixes:
         return gzip.open(file, "wt", encoding="ascii")
     return file.open("w", encoding="ascii")

@@ -148,7 +148,14 @@ class Pieces:
         return sorted(listed.items(), key=lambda entry: ring_hash(entry[0]))
 
 
-@lru_cache(maxsize=1024)
 def _offsets(run: Path) -> np.ndarray:
-    offsets: np.ndarray = np.load(os.fspath(run.with_suffix(".npy")), allow_pickle=False)
-    return offsets
+    file = run.with_suffix(".npy")
+    status = file.stat()
+    return _loaded(os.fspath(file), status.st_ino, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _loaded(file: str, inode: int, time: int) -> np.ndarray:
+    """The array of a file; a file that was written anew under its name is read anew."""
+    array: np.ndarray = np.load(file, allow_pickle=False)
+    return array

@@ -17,6 +17,7 @@ from rich.table import Table
 from data_loaders.prepare.originals import Problem
 
 NUM_NAMED = 10  # unused files that are printed; `report.json` has more, and the lists name all
+SHOWN = ("yield", "listed", "used", "missing", "unreadable", "captions", "labelled", "with classes")
 
 
 @dataclass
@@ -43,6 +44,20 @@ class SplitCounts:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"lost": self.lost, "lost_by_reason": dict(sorted(self.lost_by_reason.items()))}
+
+    def columns(self) -> dict[str, str]:
+        missing = self.lost_by_reason["missing"]
+        numbers = (
+            self.listed,
+            self.used,
+            missing,
+            self.lost - missing,
+            self.captions,
+            self.labelled,
+            self.with_classes,
+        )
+        share = f"{self.used / max(self.listed, 1):.1%}"
+        return dict(zip(SHOWN, (share, *(f"{number:,}" for number in numbers)), strict=True))
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> SplitCounts:
@@ -77,14 +92,12 @@ class ImageTextReport:
     def show(self, console: Console) -> None:
         table = Table(title=f"{self.preparer}: yield", title_justify="left")
         table.add_column("split")
-        names = ("listed", "used", "of listed", "missing", "unreadable", "captions", "labelled", "with classes")
-        for name in names:
+        rows = {split: entry.columns() for split, entry in self.splits.items()}
+        shown = [name for name in SHOWN if any(row[name] != "0" for row in rows.values())]
+        for name in shown:
             table.add_column(name, justify="right")
-        for split, entry in self.splits.items():
-            missing = entry.lost_by_reason["missing"]
-            share = f"{entry.used / max(entry.listed, 1):.1%}"
-            numbers = (missing, entry.lost - missing, entry.captions, entry.labelled, entry.with_classes)
-            table.add_row(split, f"{entry.listed:,}", f"{entry.used:,}", share, *(f"{n:,}" for n in numbers))
+        for split, row in rows.items():
+            table.add_row(split, *(row[name] for name in shown))
         console.print(table)
         for split, entry in self.splits.items():
             others = {reason: count for reason, count in entry.lost_by_reason.items() if reason != "missing"}
