@@ -118,10 +118,14 @@ class _ShardWriter:
             self._seal()
         if self._tar is None:
             self._open()
+        places = {}
         for name, data in _members(record):
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(data), 0o444
+            places[name.endswith(".json")] = (self._tar.offset + tarfile.BLOCKSIZE, len(data))  # after its header
             self._tar.addfile(member, io.BytesIO(data))
+            self._tar.members.clear()  # it would remember them all
+        self.places.append((len(self.shards), *places[False], *places[True]))
         self._keys.append(record.key)
         self.hashes.append(ring_hash(record.key))
 
@@ -160,7 +164,6 @@ class _ShardWriter:
     def _seal(self) -> None:
         self._tar.close()
         keys, file = self._keys, self._file
-        self.places += [(len(self.shards), *place) for place in _member_places(file, keys)]
         with file.open("rb") as content:
             checksum = hashlib.file_digest(content, "sha256").hexdigest()
         self.shards.append(
@@ -307,13 +310,3 @@ def _members(record: Record) -> list[tuple[str, bytes]]:
     metadata = {"key": record.key} | {name: list(getattr(record, name)) for name in METADATA if getattr(record, name)}
     text = json.dumps(metadata, ensure_ascii=False).encode()
     return sorted([(f"{record.key}.{suffix}", record.image), (f"{record.key}.json", text)])
-
-
-def _member_places(file: Path, keys: list[str]) -> Iterator[tuple[int, int, int, int]]:
-    """(image offset, image size, json offset, json size) of each record, as the tar itself says."""
-    with tarfile.open(file) as tar:
-        members = {member.name: member for member in tar}
-    for key in keys:
-        image = members.get(f"{key}.png") or members[f"{key}.jpg"]
-        metadata = members[f"{key}.json"]
-        yield image.offset_data, image.size, metadata.offset_data, metadata.size

@@ -96,7 +96,7 @@ def prepare_folder(config: FolderPreparerConfig, options: Options) -> None:
         if table.file is None:
             raise UserError("table.file: required where layout=table: the name of the CSV, TSV or JSON-lines file")
         if not (options.source / table.file).is_file():
-            raise UserError(f"{options.source / table.file}: no such file. table.file is seen from the release's folder")
+            raise UserError(f"{options.source / table.file}: no such file. Its path is seen from --from")
         if not (table.text or table.tags or table.classes):
             raise UserError("table.text, table.tags, table.classes: name at least one column of what to learn from")
         tables = [table.file.as_posix()]

@@ -427,9 +427,8 @@ def class_limits(pieces: Pieces, split: Split, per_class: int) -> dict[tuple[str
     """For each class the hash of the last image that is taken, so that all have `per_class`; 0: as the smallest has."""
 
     def members(wanted: Callable[[tuple[str, ...], int], None]) -> None:
-        for first in range(PARTITIONS):
-            for key, mine in pieces.by_key(first, first + 1, split):
-                wanted(_distinct(piece.classes for piece in mine), ring_hash(key))
+        for key, mine in pieces.by_key(0, PARTITIONS, split):
+            wanted(_distinct(piece.classes for piece in mine), ring_hash(key))
 
     counts: Counter[tuple[str, ...]] = Counter()
     members(lambda classes, place: counts.update((classes,)))

@@ -22,7 +22,8 @@ from data_loaders.shards import ring_hash
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 PARTITIONS = 4096  # equal parts of the hash ring; a shard is some adjacent ones
-RUN_BYTES = 1 << 25  # of lines that wait to be sorted
+RUN_BYTES = 1 << 24  # of lines that wait to be sorted
+STEP_BYTES = 1 << 22  # of lines that are joined together
 KINDS = ("images", "images of train", "images of validation", "listed in train", "listed in validation")
 
 
@@ -138,14 +139,27 @@ class Pieces:
                 while file.tell() < end:
                     yield Piece.of(file.readline())
 
-    def by_key(self, first: int, last: int, split: Split) -> list[tuple[str, list[Piece]]]:
-        """The pieces of each key that the split lists, in the order of the hash ring."""
-        keys: dict[str, list[Piece]] = {}
-        for piece in self.between(first, last):
-            if piece.split in ("", split):
-                keys.setdefault(piece.key, []).append(piece)
-        listed = {key: pieces for key, pieces in keys.items() if any(piece.listed for piece in pieces)}
-        return sorted(listed.items(), key=lambda entry: ring_hash(entry[0]))
+    def by_key(self, first: int, last: int, split: Split) -> Iterator[tuple[str, list[Piece]]]:
+        """The pieces of each key that the split lists, in the order of the hash ring; a few of them in memory."""
+        for start, end in self._steps(first, last):
+            keys: dict[str, list[Piece]] = {}
+            for piece in self.between(start, end):
+                if piece.split in ("", split):
+                    keys.setdefault(piece.key, []).append(piece)
+            for key in sorted(keys, key=ring_hash):
+                if any(piece.listed for piece in keys[key]):
+                    yield key, keys[key]
+
+    def _steps(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Parts of a range that hold no more than `STEP_BYTES` of lines each, or are one partition."""
+        before = np.zeros(PARTITIONS + 1, dtype=np.int64)
+        for run in self.runs:
+            before += _offsets(run)
+        while first < last:
+            end = int(np.searchsorted(before, before[first] + STEP_BYTES, side="right")) - 1
+            end = min(max(end, first + 1), last)
+            yield first, end
+            first = end
 
 
 def _offsets(run: Path) -> np.ndarray:
