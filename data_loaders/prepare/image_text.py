@@ -36,6 +36,7 @@ from rich.console import Console
 from data_loaders.decoding import ImageError
 from data_loaders.prepare.joining import join_shards
 from data_loaders.prepare.originals import Originals, Problem, Report
+from data_loaders.prepare.overlap import key_list, overlap
 from data_loaders.prepare.pictures import Pictures
 from data_loaders.prepare.pieces import KINDS, PARTITIONS, SPLITS, Piece, Pieces, RunWriter, Split
 from data_loaders.prepare.release import MANIFEST, REPORT
@@ -170,7 +171,7 @@ class _Preparation:
         """The folders of pieces, one a scan."""
         folders = [self.work / "scans" / f"{number:05d}" for number in range(len(self.plan.scans))]
         todo = [(scan, folder) for scan, folder in zip(self.plan.scans, folders, strict=True) if not folder.is_dir()]
-        with progress_bar(self.options.progress, "files") as bar:
+        with progress_bar(self.options.progress, "entries") as bar:
             shown = bar.add_task("reading lists", total=None)
             self.pool.run(_scan, todo, lambda count: bar.advance(shown, count))
         return folders
@@ -273,6 +274,10 @@ class _Preparation:
                 "shards": [shard["sha256"] for shard in header["shards"]],
             }
         self.write_lists(report, out, buckets, scans)
+        lists = [key_list(out / f"keys-{split}.txt.gz", split) for split in report.splits]
+        in_both = overlap(lists).common if len(lists) == 2 else 0
+        if in_both:
+            self.console.print(f"{in_both:,} examples are in train and in validation: the release lists them twice")
         manifest = {
             "format": FORMAT,
             "preparer": self.plan.preparer,
@@ -281,6 +286,7 @@ class _Preparation:
             "licences": dict(self.plan.licences),
             "sources": self.checksums(),
             "splits": splits,
+            "in_both_splits": in_both,
             "lost": report.lost,
             "max_missing": self.options.max_missing,
         } | dict(self.plan.details or {})

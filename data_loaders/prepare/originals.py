@@ -58,16 +58,24 @@ class Listing:
         return f"{self.path}/{name}" if self.path else name
 
 
-def listings(source: Path, exclude: Path, folder: str = "") -> Iterator[Listing]:
-    """A folder and all below it, in the order of their names, without `exclude` and what was prepared before."""
-    found = _listing(source, folder)
-    if found.prepared:
+def listings(source: Path, exclude: Path) -> Iterator[Listing]:
+    """A folder and all below it, in the order of their names, without `exclude` and what was prepared before.
+
+    Links to folders are followed, each folder once.
+    """
+    yield from _below(source, "", {os.path.realpath(exclude)})
+
+
+def _below(source: Path, folder: str, seen: set[str]) -> Iterator[Listing]:
+    real = os.path.realpath(source / folder)
+    if folder and real in seen:
         return
-    yield found
-    for name in sorted(found.folders):
-        inside = found.inside(name)
-        if os.path.realpath(source / inside) != os.path.realpath(exclude):
-            yield from listings(source, exclude, inside)
+    seen.add(real)
+    found = _listing(source, folder)
+    if not found.prepared:
+        yield found
+        for name in sorted(found.folders):
+            yield from _below(source, found.inside(name), seen)
 
 
 def _listing(source: Path, folder: str) -> Listing:
@@ -77,8 +85,7 @@ def _listing(source: Path, folder: str) -> Listing:
             name = entry.name
             suffix = os.path.splitext(name)[1].lower()
             if entry.is_dir():
-                # A link to a folder is followed unless it leads back up.
-                if not name.startswith(".") and not (entry.is_symlink() and _leads_up(entry.path)):
+                if not name.startswith("."):
                     found.folders.append(name)
             elif suffix in IMAGE_SUFFIXES:
                 found.images = True
@@ -99,11 +106,6 @@ def _listing(source: Path, folder: str) -> Listing:
     found.tars.sort()
     found.tables.sort()
     return found
-
-
-def _leads_up(path: str) -> bool:
-    real = os.path.realpath(path)
-    return os.path.realpath(os.path.dirname(path)).startswith(real)
 
 
 def stem_and_suffix(name: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ import webdataset
 from image_text import (
     TRAIN,
     URL,
+    VALIDATION,
     captions_tables,
     download,
     download_members,
@@ -39,6 +40,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from data_loaders.decoding import ImageError, check_image, decode_image
+from data_loaders.prepare import pieces
 from data_loaders.prepare.captions_table import url_key
 from data_loaders.prepare.conceptual_captions import ConceptualCaptionsPreparerConfig, prepare_conceptual_captions
 from data_loaders.prepare.image_text import Options
@@ -99,6 +101,35 @@ def test_tars_are_to_the_byte_what_webdataset_writes(tmp_path: Path) -> None:
 
 def _place(record: Record) -> int:
     return ring_hash(record.key)
+
+
+def test_a_join_in_small_steps_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little is joined at a time: the memory of a preparation is that of a step, not that of a shard."""
+    source = release(tmp_path / "release")
+    whole = files_of(prepare(options(source, tmp_path / "whole")))
+    monkeypatch.setattr(pieces, "STEP_BYTES", 1)
+    monkeypatch.setattr(pieces, "RUN_BYTES", 2000)
+    assert files_of(prepare(options(source, tmp_path / "steps"))) == whole
+
+
+def test_examples_that_a_release_lists_in_both_splits_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = captions_tables(20, 1) | download([*range(20), 1000])
+    files[VALIDATION] = str(files[VALIDATION]) + f"again\t{URL(3)}\n"
+    folder = prepare(options(write(tmp_path / "release", files), tmp_path / "root"))
+    assert json.loads((folder / "manifest.json").read_text())["in_both_splits"] == 1
+    assert "1 examples are in train and in validation" in capsys.readouterr().out
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    source = release(tmp_path / "release")
+    expected = records(prepare(options(source, tmp_path / "expected")) / "train")
+    for name, to in (("a", "."), ("images/up", ".."), ("b", "images")):
+        os.symlink(to, source / name)
+    folder = prepare(options(source, tmp_path / "root"))
+    assert records(folder / "train") == expected
+    assert report_of(folder)["splits"]["train"]["further_copies"] == 0
 
 
 def test_a_release_without_any_survivor_in_a_split_leaves_an_empty_split(tmp_path: Path) -> None:
