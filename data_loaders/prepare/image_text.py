@@ -50,7 +50,7 @@ from vlm.types import Record
 
 FORMAT = 1  # raise it when equal releases and options give other bytes than before
 MAX_SCANS = 256
-NUM_KEPT_PROBLEMS = 100  # named in report.json
+NUM_KEPT_PROBLEMS = 100  # for the printed report; the list has all
 CONTINUE = "Run the same command again: what is finished is kept"
 
 
@@ -97,7 +97,9 @@ class Options:
 
     @property
     def num_workers(self) -> int:
-        return self.workers or len(os.sched_getaffinity(0))
+        if self.workers or not hasattr(os, "sched_getaffinity"):
+            return self.workers or os.cpu_count() or 1
+        return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def prepare_image_text(plan: Plan, options: Options) -> None:
     console = Console()
     target, work = options.root / plan.part, options.root / f".{plan.part}-preparing"
     identity = _identity(plan, options)
-    if _is_there(target, plan, identity):
+    if _is_there(target, plan, identity, options.max_missing):
         shutil.rmtree(work, ignore_errors=True)
         console.print(f"{target} is there already, of the same files and options: nothing to do", soft_wrap=True)
         return
@@ -181,6 +183,10 @@ class _Preparation:
         counts = np.zeros((len(KINDS), PARTITIONS), dtype=np.int64)
         for folder in scans:
             counts += np.load(folder / "counts.npy", allow_pickle=False)
+        wanted, images_here = int(counts[3:].sum()), int(counts[:3].sum())
+        if not wanted or not images_here:
+            lack = f"none of the {wanted:,} examples has an image here" if wanted else "no examples found"
+            raise UserError(f"{self.options.source}: {lack}. {self.plan.expected}")
         pieces = Pieces.of(scans)
         config = self.plan.config
         pictures = Pictures(config.short_side, config.quality)
@@ -189,19 +195,12 @@ class _Preparation:
             listed, images = counts[3 + number], counts[0] + counts[1 + number]
             if not listed.sum():
                 continue
-            if not images.sum():
-                raise UserError(
-                    f"{self.options.source}: none of the {listed.sum():,} examples of {split} has an image here. "
-                    f"{self.plan.expected}"
-                )
             limits = None if self.plan.balanced is None else class_limits(pieces, split, self.plan.balanced)
             for first, last in _ranges(np.minimum(listed, images), config.examples_per_shard):
                 folder = self.work / "shards" / f"{len(buckets):05d}"
                 expected = int(listed[first:last].sum())
                 bucket = _Bucket(split, first, last, expected, pieces, self.options.source, folder, pictures, limits)
                 buckets.append(bucket)
-        if not buckets:
-            raise UserError(f"{self.options.source}: no examples found. {self.plan.expected}")
         return buckets
 
     def write(self, buckets: list[_Bucket]) -> None:
@@ -237,7 +236,7 @@ class _Preparation:
         """The shards stay in the work folder: a call that allows more losses continues there."""
         kept = target.with_name(f"{target.name}-refused")
         shutil.rmtree(kept, ignore_errors=True)
-        share = report.lost / max(report.listed, 1)
+        share = report.lost_fraction
         if share <= self.options.max_missing:
             return
         kept.mkdir()
@@ -288,6 +287,7 @@ class _Preparation:
             "splits": splits,
             "in_both_splits": in_both,
             "lost": report.lost,
+            "lost_fraction": report.lost_fraction,
             "max_missing": self.options.max_missing,
         } | dict(self.plan.details or {})
         _write_json(out / MANIFEST, manifest)
@@ -478,19 +478,24 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _is_there(target: Path, plan: Plan, identity: dict[str, str]) -> bool:
+def _is_there(target: Path, plan: Plan, identity: dict[str, str], max_missing: float) -> bool:
     """Whether the folder was made of this plan. One that was not prepared, or by another preparer, is refused."""
     if not target.exists():
         return False
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-        preparer, former = manifest["preparer"], manifest["identity"]
+        preparer, former, lost = manifest["preparer"], manifest["identity"], manifest["lost_fraction"]
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(
             f"{target}: is there, but was not prepared (no {MANIFEST}). Move it away, or choose another --to"
         ) from None
     if preparer != plan.preparer:
         raise UserError(f"{target}: holds {preparer}. Move it away, or choose another --to")
+    if former == identity and lost > max_missing:
+        raise UserError(
+            f"{target}: is there already, of the same files and options, and lacks {lost:.4%} of its examples; "
+            f"--max-missing {max_missing:g} allows fewer. Remove it, or raise it"
+        )
     return bool(former == identity)
 
 

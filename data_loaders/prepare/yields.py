@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from data_loaders.prepare.originals import Problem
 
-NUM_NAMED = 10  # unused files that are printed; `report.json` has more, and the lists name all
+NUM_NAMED = 10  # unused files that are printed; `unused.tsv.gz` names all
 SHOWN = ("yield", "listed", "used", "missing", "unreadable", "captions", "labelled", "with classes")
 
 
@@ -82,6 +81,10 @@ class ImageTextReport:
     def lost(self) -> int:
         return sum(entry.lost for entry in self.splits.values())
 
+    @property
+    def lost_fraction(self) -> float:
+        return self.lost / max(self.listed, 1)
+
     def as_json(self) -> dict[str, Any]:
         return {
             "preparer": self.preparer,
@@ -134,8 +137,3 @@ def concatenate(parts: Iterable[Path], target: Path, header: str = "") -> str:
             digest.update(content)
             packed.write(content)
     return digest.hexdigest()
-
-
-def remove(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -177,7 +177,7 @@ def test_what_is_not_utf_8_is_named(tmp_path: Path) -> None:
 def test_a_release_without_tables_or_images_says_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither Train_GCC\*\.tsv nor Validation_GCC\*\.tsv is here"):
         prepare(write(tmp_path / "empty", {"a.txt": ""}), tmp_path / "root")
-    with pytest.raises(UserError, match=r"none of the 30 examples of train has an image here\. Expected tars"):
+    with pytest.raises(UserError, match=r"none of the 33 examples has an image here\. Expected tars"):
         prepare(write(tmp_path / "tables", captions_tables()), tmp_path / "root")
     with pytest.raises(UserError, match=r"Image_Labels_Subset_Train_GCC\*\.tsv is not here"):
         prepare(write(tmp_path / "more", captions_tables() | download(ALIVE)), tmp_path / "root", labels=True)

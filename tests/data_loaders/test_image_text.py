@@ -134,10 +134,11 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
 
 def test_a_release_without_any_survivor_in_a_split_leaves_an_empty_split(tmp_path: Path) -> None:
     members = download_members([0, 1000])
-    members["000000001.jpg"] = b"torn"
-    files = captions_tables(1, 1) | {f"d/{name}": data for name, data in members.items()}
-    folder = prepare(options(write(tmp_path / "release", files), tmp_path / "root"))
-    assert (len(open_index(folder / "train")), len(open_index(folder / "validation"))) == (1, 0)
+    torn = members | {"000000001.jpg": b"torn"}
+    for name, given in (("absent", download_members([0])), ("torn", torn)):
+        files = captions_tables(1, 1) | {f"d/{member}": data for member, data in given.items()}
+        folder = prepare(options(write(tmp_path / name, files), tmp_path / f"root-{name}"))
+        assert (len(open_index(folder / "train")), len(open_index(folder / "validation"))) == (1, 0)
 
 
 # --- Killed and continued --------------------------------------------------------------------------------------------
@@ -284,6 +285,8 @@ def test_too_many_losses_are_refused_with_their_report_and_continued_when_allowe
     folder = prepare(options(source, tmp_path / "root", max_missing=0.3))
     assert times == {file.stat().st_mtime_ns for file in folder.glob("*/*.tar")}
     assert not refused.exists()
+    with pytest.raises(UserError, match=r"is there already, .* lacks 25\.2033% of its examples"):
+        prepare(options(source, tmp_path / "root", max_missing=0.2))
 
 
 def test_tars_that_are_cut_off_keep_what_lies_before_the_cut(tmp_path: Path) -> None:
