@@ -39,13 +39,14 @@ from data_loaders.prepare.originals import Originals, Problem, Report
 from data_loaders.prepare.overlap import key_list, overlap
 from data_loaders.prepare.pictures import Pictures
 from data_loaders.prepare.pieces import KINDS, PARTITIONS, SPLITS, Piece, Pieces, RunWriter, Split
-from data_loaders.prepare.release import MANIFEST, REPORT
+from data_loaders.prepare.release import REPORT
 from data_loaders.prepare.workers import Workers, tick, workers
 from data_loaders.prepare.yields import ImageTextReport, SplitCounts, concatenate, line_of
 from data_loaders.progress import progress_bar
 from data_loaders.shards import ring_hash, write_ordered_shards
 from vlm.config import Config
 from vlm.errors import UserError
+from vlm.tasks.task import MANIFEST
 from vlm.types import Record
 
 FORMAT = 1  # raise it when equal releases and options give other bytes than before

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from data_loaders.decoding import ImageError
 from data_loaders.prepare.pieces import Location
-from data_loaders.prepare.release import MANIFEST, REPORT, escapes
+from data_loaders.prepare.release import REPORT, escapes
+from vlm.tasks.task import MANIFEST
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl")

@@ -16,9 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data_loaders.prepare.release import MANIFEST
 from data_loaders.shards import KEY_PATTERN, ring_hash
 from vlm.errors import UserError
+from vlm.tasks.task import MANIFEST
 
 PARTS = ("pairs", "unimodal")
 
