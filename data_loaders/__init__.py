@@ -6,6 +6,9 @@ texts/{train,validation}.txt  unpaired texts, one a line
 vqav2/ gqa/ nlvr2/            official question files, and `images`: shards keyed by the images' names; where a release
                               lacked some, `missing_images.json` names them
 retrieval/                    sets of held-out captions, and their images
+
+Beside the shards of `pairs` and `unimodal` that `vlm prepare` made of a release lie a manifest, a report, the keys that
+were used and the examples that were lost (`prepare/image_text.py`).
 """
 
 from __future__ import annotations

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -128,7 +130,15 @@ class _ShardWriter:
             self._seal()
         if self._tar is None:
             self._open()
-        self._tar.write(_members(record))
+        places = {False: (0, 0)}  # of an image that is not there
+        for name, data in _members(record):
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(data), 0o444
+            self._tar.addfile(member, io.BytesIO(data))
+            padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            places[name.endswith(".json")] = (self._tar.offset - padded, len(data))  # a header's length varies
+            self._tar.members.clear()  # it would remember them all
+        self.places.append((len(self.shards), *places[False], *places[True]))
         self._keys.append(record.key)
         self.hashes.append(ring_hash(record.key))
 
@@ -163,14 +173,12 @@ class _ShardWriter:
         return self.folder / f"{len(self.shards):05d}.tar"
 
     def _open(self) -> None:
-        import webdataset
-
-        self._tar = webdataset.TarWriter(str(self._file), encoder=False, mtime=0, user="", group="")
+        # The bytes are those of `webdataset.TarWriter`, whose import brings torch: half a gigabyte in each process.
+        self._tar = tarfile.open(self._file, "w|", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
     def _seal(self) -> None:
         self._tar.close()
         keys, file = self._keys, self._file
-        self.places += [(len(self.shards), *place) for place in _member_places(file, keys)]
         with file.open("rb") as content:
             checksum = hashlib.file_digest(content, "sha256").hexdigest()
         self.shards.append(
@@ -312,21 +320,9 @@ def _checked(records: Iterable[Record], folder: Path) -> Iterator[Record]:
         yield record
 
 
-def _members(record: Record) -> dict[str, Any]:
+def _members(record: Record) -> list[tuple[str, bytes]]:
+    """(name, content) of what stands in the tar for a record: its image, if it has one, and the rest as JSON."""
     suffix = "png" if record.image[:4] == b"\x89PNG" else "jpg"
-    image = {suffix: record.image} if record.image else {}
+    image = [(f"{record.key}.{suffix}", record.image)] if record.image else []
     metadata = {"key": record.key} | {name: list(getattr(record, name)) for name in METADATA if getattr(record, name)}
-    return {"__key__": record.key, **image, "json": json.dumps(metadata, ensure_ascii=False).encode()}
-
-
-def _member_places(file: Path, keys: list[str]) -> Iterator[tuple[int, int, int, int]]:
-    """(image offset, image size, json offset, json size) of each record, as the tar itself says."""
-    import tarfile
-
-    with tarfile.open(file) as tar:
-        members = {member.name: member for member in tar}
-    for key in keys:
-        image = members.get(f"{key}.png") or members.get(f"{key}.jpg")
-        metadata = members[f"{key}.json"]
-        place = (image.offset_data, image.size) if image is not None else (0, 0)
-        yield *place, metadata.offset_data, metadata.size
+    return sorted([*image, (f"{record.key}.json", json.dumps(metadata, ensure_ascii=False).encode())])

@@ -1,58 +1,20 @@
-"""Encoded bytes -> square uint8 pixels, with a cap on what a stranger's file may ask of memory."""
+"""Encoded bytes -> square uint8 pixels."""
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from vlm.errors import UserError
+from data_loaders.decoding import as_rgb, decode_image
 
-MAX_PIXELS = 64_000_000  # 192 MB as RGB; photographs of the usual data sets stay far below
 Augmentation = Literal["none", "randaugment"]
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-
-class ImageError(UserError):
-    """An image that cannot be had from its bytes. `reason` is the same for all that are alike."""
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """The picture as RGB. `name` is what an error calls it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap below is the lower one
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP"))
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageError(
-                f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}",
-                reason="too many pixels",
-            )
-        return as_rgb(image)
-    except ImageError:
-        raise
-    except Exception as error:
-        reason = "no image" if isinstance(error, UnidentifiedImageError) else "damaged"
-        message = f"{name}: the image cannot be decoded ({type(error).__name__}: {error})"
-        raise ImageError(message, reason) from None
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture as RGB; transparent parts become white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
 
 
 class ImageTransform:

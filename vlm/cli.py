@@ -87,12 +87,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_score(verb("score", _score, "Score prediction files of anyone as the authors of the benchmark do."))
 
     prepare = verb("prepare", _prepare, "Write a data root: a procedural one, or one from a release as downloaded.")
-    prepare.add_argument("data", choices=("world", "emoji", "vqav2", "gqa", "nlvr2"))
+    tasks, pairs = ("vqav2", "gqa", "nlvr2"), ("conceptual_captions", "machine_labels", "imagenet", "folder")
+    prepare.add_argument("data", choices=("world", "emoji", *tasks, *pairs))
     prepare.add_argument("--from", dest="source", type=Path, metavar="DIR", help="a release: its files and zips")
     prepare.add_argument("--to", type=Path, metavar="DIR", required=True, help="the data root; replaced if it is there")
     prepare.add_argument(
-        "--max-missing", type=float, metavar="FRACTION", default=0.0, help="of the images that may be lost (default: 0)"
+        "--max-missing",
+        type=float,
+        metavar="FRACTION",
+        help="of the images that may be lost (default: 0; conceptual_captions and machine_labels: 1)",
     )
+    prepare.add_argument(
+        "--workers", type=int, metavar="N", help=f"processes of {', '.join(pairs)} (default: one a core)"
+    )
+
+    overlap = verb("overlap", _overlap, "Say which examples several prepared data roots have in common.")
+    overlap.add_argument("roots", type=Path, nargs="+", metavar="ROOT", help="a data root, or its keys-*.txt.gz")
+    overlap.add_argument("--split", choices=("train", "validation"), default="train")
+    overlap.add_argument("--to", type=Path, metavar="FILE", help="write the common keys here, one a line")
 
     label = verb("label", _label, "Give the images of a shard folder machine labels with scores, as side shards.")
     label.add_argument("shards", type=Path, metavar="SHARDS", help="a shard folder, such as DATA_ROOT/pairs/train")
@@ -320,8 +332,10 @@ def _prepare(options: argparse.Namespace) -> None:
     from vlm.config import compose
 
     if options.data in ("world", "emoji"):
-        if options.source is not None or options.max_missing:
-            raise UserError(f"prepare {options.data}: takes neither --from nor --max-missing; it needs no release")
+        if options.source is not None or options.max_missing is not None or options.workers is not None:
+            raise UserError(
+                f"prepare {options.data}: takes neither --from nor --max-missing nor --workers; it needs no release"
+            )
         if options.data == "world":
             from data_loaders.world import WorldConfig, write_world
 
@@ -333,9 +347,19 @@ def _prepare(options: argparse.Namespace) -> None:
         return
     if options.source is None:
         raise UserError(f"prepare {options.data}: --from DIR must name the folder with the files as downloaded")
-    from data_loaders.prepare.preparation import Options
+    if options.data in ("vqav2", "gqa", "nlvr2"):
+        _prepare_task(options)
+    else:
+        _prepare_pairs(options)
 
-    wanted = Options(options.source, options.to, options.max_missing)
+
+def _prepare_task(options: argparse.Namespace) -> None:
+    from data_loaders.prepare.preparation import Options
+    from vlm.config import compose
+
+    if options.workers is not None:
+        raise UserError(f"prepare {options.data}: takes no --workers; it reads images on threads")
+    wanted = Options(options.source, options.to, options.max_missing or 0.0)
     if options.data == "vqav2":
         from data_loaders.prepare.vqav2 import VQAv2PreparerConfig, prepare_vqav2
 
@@ -348,6 +372,44 @@ def _prepare(options: argparse.Namespace) -> None:
         from data_loaders.prepare.nlvr2 import NLVR2PreparerConfig, prepare_nlvr2
 
         prepare_nlvr2(compose(None, options.overrides, NLVR2PreparerConfig), wanted)
+
+
+def _prepare_pairs(options: argparse.Namespace) -> None:
+    from data_loaders.prepare.image_text import Options
+    from vlm.config import compose
+
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers must be at least 1. Got {options.workers}")
+    usual = 1.0 if options.data in ("conceptual_captions", "machine_labels") else 0.0  # most links are dead by now
+    allowed = usual if options.max_missing is None else options.max_missing
+    wanted = Options(options.source, options.to, allowed, options.workers or 0)
+    if options.data == "conceptual_captions":
+        from data_loaders.prepare.conceptual_captions import (
+            ConceptualCaptionsPreparerConfig,
+            prepare_conceptual_captions,
+        )
+
+        prepare_conceptual_captions(compose(None, options.overrides, ConceptualCaptionsPreparerConfig), wanted)
+    elif options.data == "machine_labels":
+        from data_loaders.prepare.conceptual_captions import MachineLabelsPreparerConfig, prepare_machine_labels
+
+        prepare_machine_labels(compose(None, options.overrides, MachineLabelsPreparerConfig), wanted)
+    elif options.data == "imagenet":
+        from data_loaders.prepare.imagenet import ImageNetPreparerConfig, prepare_imagenet
+
+        prepare_imagenet(compose(None, options.overrides, ImageNetPreparerConfig), wanted)
+    else:
+        from data_loaders.prepare.folder import FolderPreparerConfig, prepare_folder
+
+        prepare_folder(compose(None, options.overrides, FolderPreparerConfig), wanted)
+
+
+def _overlap(options: argparse.Namespace) -> None:
+    from data_loaders.prepare.overlap import report_overlap
+
+    if len(options.roots) < 2:
+        raise UserError("vlm overlap: give at least two data roots, or lists of keys")
+    report_overlap(options.roots, options.split, options.to)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import Progress
 
+from data_loaders.decoding import ImageError, decode_image
 from data_loaders.prepare.release import REMEDY, REPORT, Entry, Release
 from data_loaders.prepare.report import SplitYield, YieldReport
 from data_loaders.progress import progress_bar
 from data_loaders.shards import ring_hash, write_ordered_shards
-from data_loaders.transforms import ImageError, decode_image
 from vlm.errors import UserError
 from vlm.records import READING_ERRORS, OfficialFile, shown
 from vlm.tasks.task import MANIFEST, MISSING_IMAGES

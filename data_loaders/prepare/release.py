@@ -133,7 +133,7 @@ class Release:
             raise UserError(f"{path}: not a zip that can be read ({error}). {REMEDY}, or move it away") from None
         self._zips[str(path)] = archive
         for member in archive.infolist():
-            if _escapes(member.filename):
+            if escapes(member.filename):
                 raise UserError(f"{path}: member {member.filename!r} lies outside the archive. The file is not used")
             if not member.filename.endswith("/"):
                 name = PurePosixPath(member.filename).name
@@ -153,7 +153,7 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (path for path in (Path(root, name) for name in sorted(names)) if path.is_file())
 
 
-def _escapes(member: str) -> bool:
+def escapes(member: str) -> bool:
     """Whether a member's name points outside the folder that the zip would be unpacked into, or nowhere."""
     return (
         not member

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_loaders.collate import ImageBatches, PairBatches, QuestionBatches, TextBatches
+from data_loaders.decoding import decode_image
 from data_loaders.images import (
     DecodedImages,
     EncodedImages,
@@ -28,7 +29,7 @@ from data_loaders.images import (
 )
 from data_loaders.loader import BatchSource, TrainOrder, evaluation_loader, step_seed, train_loader
 from data_loaders.shards import ShardReader, write_shards
-from data_loaders.transforms import ImageTransform, decode_image
+from data_loaders.transforms import ImageTransform
 from vlm.errors import UserError
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.supervision import CaptionsConfig, ClassNamesConfig

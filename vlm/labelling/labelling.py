@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data_loaders.decoding import ImageError, decode_image
 from data_loaders.progress import progress_bar
 from data_loaders.shards import Index, ShardReader, open_index, write_ordered_shards
-from data_loaders.transforms import ImageError, decode_image
 from vlm.errors import UserError
 from vlm.labelling import LabellingConfig
 from vlm.labelling.labellers import Labeller, read_vocabulary

@@ -1,0 +1,189 @@
+"""Any images with texts, tags or classes become shards, by configuration alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from image_text import options, picture, records, report_of, tar, write
+
+from data_loaders.prepare.folder import FolderPreparerConfig, path_key, prepare_folder
+from data_loaders.shards import KEY_PATTERN
+from vlm.cli import main
+from vlm.errors import UserError
+from vlm.types import Record
+
+
+def prepare(source: Path, root: Path, max_missing: float = 0.0, part: str = "pairs", **config: object) -> Path:
+    chosen = FolderPreparerConfig.model_validate({"validation_fraction": 0} | config)
+    prepare_folder(chosen, options(source, root, max_missing))
+    return root / part
+
+
+IMAGES: dict[str, bytes | str] = {f"images/{n}.jpg": picture(n) for n in range(3)}
+EXPECTED = {
+    path_key("images/0.jpg"): Record(
+        path_key("images/0.jpg"), picture(0), ("a cat, asleep", "another"), ("cat", "sofa"), (0.9, 0.5), ("animal",)
+    ),
+    path_key("images/1.jpg"): Record(path_key("images/1.jpg"), picture(1), ("a “dog”",), ("dog",), (0.8,), ("animal",)),
+    path_key("images/2.jpg"): Record(path_key("images/2.jpg"), picture(2), ("nothing",)),
+}
+ROWS = [
+    ("images/0.jpg", "a cat, asleep", "sofa;cat", "0.5;0.9", "animal"),
+    ("images/1.jpg", "a “dog”", "dog", "0.8", "animal"),
+    ("./images/../images/2.jpg", "nothing", "", "", ""),
+    ("images/0.jpg", "another", "", "", "animal"),
+]
+HEADER = ("path", "caption", "tags", "confidences", "class")
+COLUMNS = dict(zip(("image", "text", "tags", "scores", "classes"), HEADER, strict=True)) | {"separator": ";"}
+
+
+def csv_text(delimiter: str) -> str:
+    quoted = [[f'"{cell}"' if delimiter in cell else cell for cell in row] for row in (HEADER, *ROWS)]
+    return "".join(delimiter.join(row) + "\n" for row in quoted)
+
+
+def json_text() -> str:
+    """The same with lists in place of separators, and a number where a score stands."""
+    rows = []
+    for path, text, tags, scores, classes in ROWS:
+        lists = {"tags": [*filter(None, tags.split(";"))], "confidences": [float(s) for s in scores.split(";") if s]}
+        rows.append({"path": path, "caption": [text], "class": [classes] if classes else [], **lists})
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("t.csv", csv_text(",")), ("t.tsv", csv_text("\t")), ("t.jsonl", json_text())]
+)
+def test_a_table_of_any_form_gives_the_same_records(tmp_path: Path, name: str, text: str) -> None:
+    source = write(tmp_path / "release", IMAGES | {name: text})
+    found = prepare(source, tmp_path / "root", table=COLUMNS | {"file": name})
+    assert records(found / "train") == EXPECTED
+
+
+def test_the_command_line_names_the_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "release", IMAGES | {"pairs.csv": csv_text(",")})
+    command = ["prepare", "folder", "--from", str(source), "--to", str(tmp_path / "root"), "--workers", "1"]
+    columns = ["table.file=pairs.csv", "table.image=path", "table.text=caption", "table.tags=tags"]
+    more = ["table.scores=confidences", "table.classes=class", 'table.separator=";"', "validation_fraction=0"]
+    assert main([*command, *columns, *more]) == 0
+    assert records(tmp_path / "root" / "pairs" / "train") == EXPECTED
+    capsys.readouterr()
+    assert main([*command, *columns, "table.txt=x"]) == 2
+    assert "table.txt: unknown key. Did you mean table.text?" in capsys.readouterr().err
+
+
+def test_a_table_may_give_keys_and_splits(tmp_path: Path) -> None:
+    rows = "id,image,text,part\na-1,images/0.jpg,zero,train\na-2,images/1.jpg,one,val\na-3,images/2.jpg,two,Train\n"
+    source = write(tmp_path / "release", IMAGES | {"t.csv": rows})
+    table = {"file": "t.csv", "text": "text", "key": "id", "split": "part"}
+    found = prepare(source, tmp_path / "root", table=table)
+    assert set(records(found / "train")) == {"a-1", "a-3"} and set(records(found / "validation")) == {"a-2"}
+
+
+def test_people_who_tag_give_no_scores_and_each_tag_counts_fully(tmp_path: Path) -> None:
+    source = write(tmp_path / "release", IMAGES | {"t.csv": "image,tags\nimages/0.jpg,cat|dog|cat\n"})
+    found = prepare(source, tmp_path / "root", table={"file": "t.csv", "tags": "tags", "separator": "|"})
+    (record,) = records(found / "train").values()
+    assert (record.labels, record.scores, record.captions) == (("cat", "dog"), (1.0, 1.0), ())
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("image,text\n../secret.jpg,x\n", r"t\.csv: line 2: image leads out of the folder"),
+        ("image,text\n/etc/passwd,x\n", r"line 2: image leads out of the folder"),
+        ("image,text\nimages/0.jpg\n", r"line 2: has not as many cells"),
+        ("image,text\nimages/0.jpg,a,b\n", r"line 2: has not as many cells"),
+        ("picture,text\nimages/0.jpg,a\n", r"line 2: has no column 'image'\. It has picture, text"),
+        ("image,text\n,a\n", r"line 2: image must be text"),
+        ('image,text\n"images/0.jpg,a\n', r"line \d: .*(quote|end of data)"),
+    ],
+)
+def test_a_malformed_row_is_one_line_that_names_it(tmp_path: Path, text: str, problem: str) -> None:
+    source = write(tmp_path / "release", IMAGES | {"t.csv": text})
+    with pytest.raises(UserError, match=problem):
+        prepare(source, tmp_path / "root", table={"file": "t.csv", "text": "text"})
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"tags": ["a"], "s": [0.5, 0.4]}, "1 tags, but 2 scores"),
+        ({"tags": ["a"], "s": [7]}, "a score must be from 0 to 1"),
+        ({"tags": {"a": 1}, "s": []}, "tags must be a list of texts"),
+        ({"tags": [], "s": [], "part": "somewhere"}, "unknown split 'somewhere'. Known: train"),
+        ({"tags": [], "s": [], "id": "a/b"}, "a key must be letters"),
+    ],
+)
+def test_a_malformed_value_is_one_line_that_names_it(tmp_path: Path, row: dict[str, object], problem: str) -> None:
+    whole = {"image": "images/0.jpg", "part": "train", "id": "a"} | row
+    source = write(tmp_path / "release", IMAGES | {"t.jsonl": json.dumps(whole) + "\n"})
+    table = {"file": "t.jsonl", "tags": "tags", "scores": "s", "split": "part", "key": "id"}
+    with pytest.raises(UserError, match=rf"t\.jsonl: line 1: {problem}"):
+        prepare(source, tmp_path / "root", table=table)
+
+
+def test_images_that_a_table_names_but_lacks_are_missing(tmp_path: Path) -> None:
+    source = write(tmp_path / "release", IMAGES | {"t.csv": "image,text\nimages/0.jpg,a\nimages/9.jpg,b\n"})
+    table = {"file": "t.csv", "text": "text"}
+    with pytest.raises(UserError, match="1 of 2 images are missing"):
+        prepare(source, tmp_path / "root", table=table)
+    found = prepare(source, tmp_path / "root", 0.5, table=table)
+    assert report_of(found)["splits"]["train"]["lost_by_reason"] == {"missing": 1}
+    write(source, {"images/9.jpg": picture(9)})  # found later: the same command takes it up
+    assert len(records(prepare(source, tmp_path / "root", table=table) / "train")) == 2
+
+
+def test_texts_beside_images_in_folders_and_tars(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {
+        "train/a.jpg": picture(0),
+        "train/a.txt": "one\n\n two \n",
+        "val/b.png": picture(1),
+    }
+    files |= {"val/b.txt": "three", "more.tar": tar({"x.jpg": picture(2), "x.txt": "vier ü".encode()})}
+    found = prepare(write(tmp_path / "release", files), tmp_path / "root")
+    train = {record.captions: record.image for record in records(found / "train").values()}
+    assert train == {("one", "two"): picture(0), ("vier ü",): picture(2)}
+    assert [record.captions for record in records(found / "validation").values()] == [("three",)]
+    write(tmp_path / "release", {"train/c.jpg": picture(3)})
+    found = prepare(tmp_path / "release", tmp_path / "root", 0.5)
+    assert report_of(found)["splits"]["train"]["lost_by_reason"] == {"no text": 1}
+
+
+def test_folders_named_after_classes_are_images_without_texts(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {f"train/red_fox/deep/{n}.jpg": picture(n) for n in range(3)}
+    files |= {"val/cat/1.jpg": picture(9), "stray.jpg": picture(4)}
+    found = prepare(write(tmp_path / "release", files), tmp_path / "root", part="unimodal")
+    assert {record.classes for record in records(found / "train").values()} == {("red fox",)}
+    assert {record.classes for record in records(found / "validation").values()} == {("cat",)}
+    assert report_of(found)["unused_files"] == {"in no folder of a class": 1}
+    assert not (tmp_path / "root" / "pairs").exists()
+
+
+def test_the_validation_part_is_drawn_by_the_key_alone(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {f"cat/{n}.jpg": picture(n) for n in range(200)}
+    source = write(tmp_path / "release", files)
+    few = records(prepare(source, tmp_path / "few", part="unimodal", validation_fraction=0.1) / "validation")
+    many = records(prepare(source, tmp_path / "many", part="unimodal", validation_fraction=0.3) / "validation")
+    assert 5 < len(few) < 40 < len(many) < 90 and few.keys() < many.keys()
+
+
+def test_keys_of_paths_are_safe_and_differ() -> None:
+    paths = ["a/b.jpg", "a-b.jpg", "a/b.png", "é" * 300 + ".jpg", "../x.jpg", "x" * 300 + ".jpg", "\udce9.jpg"]
+    keys = [path_key(path) for path in paths]
+    assert len(set(keys)) == len(paths)
+    assert all(KEY_PATTERN.fullmatch(key) and len(key) <= 95 for key in keys)
+    assert path_key("a/b.jpg").startswith("a-b-")
+
+
+def test_a_folder_that_holds_nothing_to_learn_from_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no examples found\. Expected folders .* Zips are not read: unpack them"):
+        prepare(write(tmp_path / "zips", {"a.zip": b""}), tmp_path / "root")
+    source = write(tmp_path / "release", IMAGES | {"t.csv": "image\n"})
+    for table, problem in (({}, "table.file: required"), ({"file": "t.csv"}, "name at least one column")):
+        with pytest.raises(UserError, match=problem):
+            prepare(source, tmp_path / "root", layout="table", table=table)
+    with pytest.raises(UserError, match=r"nowhere\.csv: no such file"):
+        prepare(source, tmp_path / "root", table={"file": "nowhere.csv", "text": "text"})
