@@ -23,6 +23,7 @@ PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILI
 # What `torch.nn.functional.interpolate(antialias=True)` calls. Only these take an output size and exact scales at once.
 TORCH = {"bicubic": torch.ops.aten._upsample_bicubic2d_aa, "bilinear": torch.ops.aten._upsample_bilinear2d_aa}
 JPEG = b"\xff\xd8"
+MARGIN = 1.25  # with twice the pixels the difference is a quarter of this one, and decoding takes a quarter longer
 
 
 class ImageError(UserError):
@@ -68,10 +69,10 @@ class ImageTransform:
 
     `decode="exact"` decodes every picture whole and resizes it with Pillow: the same bytes on every machine.
     `decode="reduced"` does so too, but for JPEGs: these are decoded at 1/2, 1/4 or 1/8 of their size where that leaves
-    twice the wanted pixels a side, which libjpeg does while it decodes, and are resized by torch. On the photos that
-    this was measured on the pixels of one channel differ from the exact ones by 0.3 of 255 levels on average where the
-    scale is reduced, and by 0.03 where it is not (`experiments/loading_speed`). What the fast decoder warns of goes to
-    Pillow, so that both ways refuse the same files.
+    `MARGIN` times the wanted pixels a side, which libjpeg does while it decodes, and are resized by torch, which may
+    round otherwise on another processor. `experiments/loading_speed` has how far the pixels then are from the exact
+    ones: 1 of 255 levels on average where the scale is reduced, 0.03 where it is not. What the fast decoder warns of
+    goes to Pillow, so that both ways refuse the same files.
     """
 
     def __init__(
@@ -113,7 +114,9 @@ class ImageTransform:
             if colors not in ("YCbCr", "Gray", "RGB"):
                 return None
             refuse_too_large(width, height, name)
-            eighths = next(n for n in (1, 2, 4, 8) if n == 8 or min(width, height) * n >= 16 * self.image_pixels)
+            eighths = next(
+                n for n in (1, 2, 4, 8) if n == 8 or min(width, height) * n / 8 >= MARGIN * self.image_pixels
+            )
             # The decoder takes the smallest of its scales that gives as much as this.
             least = {"min_height": -(-height * eighths // 8), "min_width": -(-width * eighths // 8)}
             whole = eighths == 8
