@@ -15,8 +15,10 @@ number of each. The README has command and result.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -27,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -182,18 +185,13 @@ def litdata(jpegs: Sequence[bytes], folder: Path) -> Loader:
     return lambda: ld.StreamingDataLoader(dataset, batch_size=BATCH_SIZE)  # type: ignore[no-any-return]
 
 
-def make_loaders(jpegs: Sequence[bytes], folder: Path) -> dict[str, Loader]:
-    loaders = {
-        "reduced": ours(jpegs, folder / "ours", "reduced"),
-        "exact": ours(jpegs, folder / "ours", "exact"),
-        "image_folder": image_folder(jpegs, folder / "image_folder"),
-        "webdataset": webdataset(jpegs, folder / "webdataset"),
-    }
-    try:
-        loaders["litdata"] = litdata(jpegs, folder / "litdata")
-    except ImportError as error:
-        print(f"litdata is left out: {error}", file=sys.stderr)
-    return loaders
+MAKERS: dict[str, Callable[[Sequence[bytes], Path], Loader]] = {
+    "reduced": functools.partial(ours, decode="reduced"),
+    "exact": functools.partial(ours, decode="exact"),
+    "image_folder": image_folder,
+    "webdataset": webdataset,
+    "litdata": litdata,
+}
 
 
 # --- The measurement -------------------------------------------------------------------------------------------------
@@ -204,23 +202,52 @@ def pixels_of(batch: Any) -> torch.Tensor:
     return pixels
 
 
-def take_turn(size: str, round_number: int, name: str, loader: Loader) -> Turn:
-    """One pass in this process, from the making of the iterator on."""
-    wall, cpu, count = time.perf_counter(), time.process_time(), 0
-    for batch in loader():
-        pixels = pixels_of(batch)
-        assert pixels.dtype == torch.uint8 and pixels.shape[1:] == (3, PIXELS, PIXELS), (name, pixels.shape)
-        count += len(pixels)
-    return Turn(size, round_number, name, count, time.perf_counter() - wall, time.process_time() - cpu)
+def serve(name: str, jpegs: Sequence[bytes], folder: Path, pipe: Connection) -> None:
+    """What a loader's process does: a pass whenever it is asked for one, and says how long it took."""
+    torch.set_num_threads(1)  # as in a loader's worker process
+    try:
+        loader = MAKERS[name](jpegs, folder)
+    except ImportError as error:
+        pipe.send(str(error))
+        return
+    pipe.send(None)
+    while pipe.recv():
+        wall, cpu, count = time.perf_counter(), time.process_time(), 0
+        for batch in loader():
+            pixels = pixels_of(batch)
+            assert pixels.dtype == torch.uint8 and pixels.shape[1:] == (3, PIXELS, PIXELS), (name, pixels.shape)
+            count += len(pixels)
+        pipe.send((count, time.perf_counter() - wall, time.process_time() - cpu))
 
 
-def take_turns(size: str, loaders: Mapping[str, Loader], rounds: int) -> Iterator[Turn]:
-    """The order is reversed every other round, so that a drift of the machine favours none. Round 0 warms up."""
+def take_turns(size: str, jpegs: Sequence[bytes], folder: Path, rounds: int) -> Iterator[Turn]:
+    """Each loader has a process of its own, as loader workers do, so that none works in the heap of another.
+
+    One runs at a time. The order is reversed every other round, so that a drift of the machine favours none. Round 0
+    warms up.
+    """
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    processes = []
+    for name in MAKERS:
+        pipe, other = context.Pipe()
+        process = context.Process(target=serve, args=(name, jpegs, folder / name, other))
+        process.start()
+        processes.append(process)
+        problem = pipe.recv()
+        if problem is None:
+            pipes[name] = pipe
+        else:
+            print(f"{name} is left out: {problem}", file=sys.stderr)
     for number in range(rounds + 1):
-        for name in list(loaders)[:: 1 if number % 2 else -1]:
-            turn = take_turn(size, number, name, loaders[name])
+        for name in list(pipes)[:: 1 if number % 2 else -1]:
+            pipes[name].send(True)
+            count, seconds, cpu_seconds = pipes[name].recv()
             if number:
-                yield turn
+                yield Turn(size, number, name, count, seconds, cpu_seconds)
+    for pipe in pipes.values():
+        pipe.send(False)
+    for process in processes:
+        process.join()
 
 
 def summarise(turns: Sequence[Turn]) -> dict[str, dict[str, dict[str, float]]]:
@@ -302,7 +329,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=here / "results.json", help="default: %(default)s")
     options = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else list(arguments)
-    torch.set_num_threads(1)  # as in a loader's worker process
     console, turns, data = Console(), [], {}
     folder = Path(tempfile.mkdtemp(prefix="loading-speed-"))
     try:
@@ -313,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "bytes_a_pixel": round(sum(map(len, jpegs)) / len(jpegs) / shape[0] / shape[1], 3),
                 "reduced_minus_exact": differences(jpegs[:64]),
             }
-            for turn in take_turns(size, make_loaders(jpegs, folder / size), options.rounds):
+            for turn in take_turns(size, jpegs, folder / size, options.rounds):
                 rate = turn.images / turn.seconds
                 console.print(f"{size} round {turn.round}: {turn.loader:12} {rate:8.1f} images/s", style="dim")
                 turns.append(turn)
