@@ -45,9 +45,10 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:
-        reason = "no image" if isinstance(error, UnidentifiedImageError) else "damaged"
-        message = f"{name}: the image cannot be decoded ({type(error).__name__}: {error})"
-        raise ImageError(message, reason) from None
+        unknown = isinstance(error, UnidentifiedImageError)  # whose own text holds an address in memory
+        said = "no known format" if unknown else f"{type(error).__name__}: {error}"
+        message = f"{name}: the image cannot be decoded ({said})"
+        raise ImageError(message, "no image" if unknown else "damaged") from None
 
 
 def refuse_too_large(width: int, height: int, name: str) -> None:
