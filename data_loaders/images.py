@@ -152,7 +152,7 @@ class EncodedImages:
         The batches are the same whatever is asked for later, so a resumed run sees the same states to the last bit.
         """
         states: Tensor | None = None
-        rows: dict[str, int] = {}
+        done, rows = 0, dict[str, int]()
         damages: dict[str | int, Damage] = {}
         for start in shown(range(0, len(keys), batch_size)):
             mine = list(keys[start : start + batch_size])
@@ -171,8 +171,9 @@ class EncodedImages:
                 if part[0].nbytes * len(keys) > max_bytes:
                     return None
                 states = torch.empty(len(keys), *part.shape[1:])
-            states[len(rows) : len(rows) + len(part)] = part
-            rows |= {key: len(rows) + row for row, key in enumerate(mine)}
+            states[done : done + len(part)] = part
+            rows |= {key: done + row for row, key in enumerate(mine)}
+            done += len(part)
         return None if states is None else cls(states, rows, damages)
 
     def __call__(self, keys: Sequence[str]) -> Float[Tensor, "b p d"]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -111,11 +112,10 @@ class RemoteFolder:
 
     def read_ahead(self, shards: Sequence[Mapping[str, Any]]) -> None:
         """Begin to fetch these shards. What fails is tried again, and reported, when a shard is asked for."""
-        pool = _READ_AHEAD.setdefault("pool", ThreadPoolExecutor(FETCHES_AT_ONCE, "read-ahead"))
         for shard in shards:
             if shard["sha256"] not in _ASKED:
                 _ASKED.add(shard["sha256"])
-                pool.submit(self._fetch_ahead, shard)
+                _pool().submit(self._fetch_ahead, shard)
 
     def _fetch_ahead(self, shard: Mapping[str, Any]) -> None:
         try:
@@ -184,8 +184,12 @@ class RemoteFolder:
             partial.unlink(missing_ok=True)
 
 
-_READ_AHEAD: dict[str, ThreadPoolExecutor] = {}  # of this process, made on first use
-_ASKED: set[str] = set()
+_ASKED: set[str] = set()  # checksums of the shards that this process is fetching ahead
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(FETCHES_AT_ONCE, "read-ahead")
 
 
 def _touched(file: Path) -> bool:

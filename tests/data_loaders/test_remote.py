@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from data_loaders.transforms import ImageTransform
 from vlm.config import _identity, compose
 from vlm.errors import UserError
 from vlm.run import RunConfig, train
-from vlm.supervision.subset import window
+from vlm.supervision.subset import Window, window
 from vlm.types import Batch, Record
 
 COUNT, IN_SHARD = 120, 10
@@ -94,6 +95,10 @@ def batches_of(location: str | Path, fraction: float = 1.0, **options: object) -
     return list(train_loader(source, 6, 0, len(source) // 6, shuffle_shards=data.shuffle_shards))
 
 
+def tars_of(handler: type[Handler]) -> list[str]:
+    return [path for path in handler.asked if path.endswith(".tar")]
+
+
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
     for one, other in zip(first, second, strict=True):
         assert one.keys == other.keys and torch.equal(one.image, other.image)
@@ -114,10 +119,31 @@ def test_a_window_fetches_its_own_shards_once(root: Path, server: tuple[str, typ
     expected = batches_of(root, 0.25)
     for _ in range(2):
         assert_same(batches_of(url, 0.25), expected)
-        tars = [path for path in handler.asked if path.endswith(".tar")]
+        tars = tars_of(handler)
         assert len(tars) == len(set(tars)) <= 4  # 30 examples of 10 a shard, of 12 shards
     assert {file.suffix for file in cache.iterdir() if not file.name.startswith(".")} == {".tar"}
     assert sum(path.endswith("train/index.safetensors") for path in handler.asked) == 1
+
+
+def test_shards_are_fetched_before_they_are_needed(
+    root: Path, server: tuple[str, type[Handler]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_loaders.loader.READ_AHEAD", 24)
+    url, handler = server
+    data = FolderData(root=url, part="images")
+    reader = ShardReader(data.open_index(data.prepare(), "unimodal/train"))
+    source = ImageBatches(reader, Window(0, COUNT, COUNT), ("c",), DecodedImages(reader, ImageTransform(4)))
+    loader = train_loader(source, 6, 0, num_batches=20, shuffle_shards=2)
+    met: list[set[int]] = []
+    for batch in loader:
+        met.append({int(reader.index.shard[reader.position(key)]) for key in batch.keys})
+        if len(met) == 12:
+            break
+    deadline = time.monotonic() + 10
+    while len(tars_of(handler)) <= len(set().union(*met)):
+        assert time.monotonic() < deadline, "nothing was fetched ahead"
+        time.sleep(0.01)
+    assert_same(batches_of(url, shuffle_shards=2), batches_of(root, shuffle_shards=2))
 
 
 def test_the_cache_stays_within_its_bound(root: Path, cache: Path) -> None:
