@@ -146,11 +146,13 @@ class _Numbered(Dataset[Batch | _Failure]):
 
     def __getitem__(self, micro_batch: int) -> Batch | _Failure:
         try:
-            if isinstance(self.source, ShardedSource) and micro_batch + self.ahead < self.end:
-                self.source.read_ahead(self.order.positions(micro_batch + self.ahead))
+            positions = self.order.positions(micro_batch)
+            if isinstance(self.source, ShardedSource):  # what is needed now comes first, all of it at once
+                later = micro_batch + self.ahead
+                self.source.read_ahead([*positions, *(self.order.positions(later) if later < self.end else ())])
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(step_seed(self.seed, micro_batch, "augmentation"))
-                return self.source.batch(self.order.positions(micro_batch))
+                return self.source.batch(positions)
         except UserError as error:
             return _Failure(str(error))
 

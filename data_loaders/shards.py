@@ -377,7 +377,7 @@ class ShardReader:
     def read_ahead(self, positions: Sequence[int]) -> None:
         """Begin to fetch the shards of these positions, where they are remote."""
         if self.index.remote is not None:
-            numbers = np.unique(self.index.shard[np.asarray(positions)]).tolist()
+            numbers = dict.fromkeys(self.index.shard[np.asarray(positions)].tolist())
             shards = self.index.shards
             self.index.remote.read_ahead([shards[number] for number in numbers if 0 <= number < len(shards)])
 

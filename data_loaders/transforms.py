@@ -72,7 +72,7 @@ class ImageTransform:
     `decode="reduced"` does so too, but for JPEGs: these are decoded at 1/2, 1/4 or 1/8 of their size where that leaves
     `MARGIN` times the wanted pixels a side, which libjpeg does while it decodes, and are resized by torch, which may
     round otherwise on another processor. `experiments/loading_speed` has how far the pixels then are from the exact
-    ones: 1 of 255 levels on average where the scale is reduced, 0.03 where it is not. What the fast decoder warns of
+    ones: 1 of 255 levels on average where the scale is reduced, 0.04 where it is not. What the fast decoder warns of
     goes to Pillow, so that both ways refuse the same files.
     """
 
