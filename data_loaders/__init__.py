@@ -14,15 +14,19 @@ were used and the examples that were lost (`prepare/image_text.py`).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data_loaders.cache import cache_folder
 from data_loaders.prepare.emoji import EmojiConfig
+from data_loaders.remote import REMOTE, RemoteFolder
 from data_loaders.world import FORMAT, WorldConfig
-from vlm.config import Config, fingerprint, not_identity
+from vlm.config import Config, always_identity, fingerprint, not_identity
 from vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from data_loaders.shards import Index
 
 
 class DataOptions(Config):
@@ -30,7 +34,20 @@ class DataOptions(Config):
 
     part: Literal["pairs", "images", "texts"] = "pairs"  # what pretraining reads
     augmentation: Literal["none", "randaugment"] = "none"
+    decode: Literal["reduced", "exact"] = "reduced"  # JPEGs at the smallest scale that serves, or whole
+    shuffle_shards: PositiveInt | None = None  # a pass shuffles within so many shards at a time; None: within all
+    damaged: Literal["stop", "skip"] = "stop"  # skip: another example of the window stands in, and the run says so
     num_workers: NonNegativeInt = not_identity(0, description="loader processes a rank")
+
+    @property
+    def is_remote(self) -> bool:
+        return False
+
+    def open_index(self, root: Path, name: str) -> Index:
+        """The index of a shard folder of the data root that `prepare` gave."""
+        from data_loaders.shards import open_index
+
+        return open_index(root / name)
 
 
 class WorldData(DataOptions):
@@ -72,15 +89,41 @@ class EmojiData(DataOptions):
 
 
 class FolderData(DataOptions):
-    """A data root that was prepared before."""
+    """A data root that was prepared before, in a folder or behind a URL.
+
+    A URL is any that fsspec knows (`s3://`, `https://`, `file://`), or `pipe:COMMAND {}`: a command that prints the
+    file whose name replaces `{}`. It serves pretraining; the questions of tasks are read from folders.
+    """
 
     type: Literal["folder"] = "folder"
-    root: Path
+    root: Annotated[str, Field(pattern=REMOTE)] | Path = Field(union_mode="left_to_right")
+    decode: Literal["reduced", "exact"] = always_identity("reduced")  # runs from before it was a choice were exact
+    shuffle_shards: PositiveInt | None = 8
+    cache_gib: PositiveFloat = not_identity(64.0)  # disk for shards that were fetched, shared by all runs of a machine
+
+    @property
+    def is_remote(self) -> bool:
+        return isinstance(self.root, str)
 
     def prepare(self, progress: bool = True) -> Path:
+        """The folder, or one of the cache with what a remote root's pretraining reads beside shards."""
+        if isinstance(self.root, str):
+            names = {"pairs": "pairs", "images": "unimodal", "texts": None}[self.part]
+            splits = ("train", "validation")
+            folders = [f"{names}/{split}" for split in splits] if names else []
+            return self._remote.mirror(folders, [f"texts/{split}.txt" for split in splits])
         if not self.root.is_dir():
             raise UserError(f"data.root: {self.root} is no folder. Prepare the data there first")
         return self.root
+
+    def open_index(self, root: Path, name: str) -> Index:
+        from data_loaders.shards import open_index
+
+        return open_index(root / name, self._remote.folder(name) if self.is_remote else None)
+
+    @property
+    def _remote(self) -> RemoteFolder:
+        return RemoteFolder(str(self.root), "", int(self.cache_gib * 2**30))
 
 
 DataConfig = Annotated[WorldData | EmojiData | FolderData, Field(discriminator="type")]

@@ -27,7 +27,7 @@ from vlm.errors import UserError
 from vlm.supervision import BestByScoreConfig, SourceConfig, SupervisionConfig
 from vlm.supervision.selection import best_by_score
 from vlm.supervision.sources import Beside, beside_path
-from vlm.supervision.subset import window
+from vlm.supervision.subset import Positions, window
 from vlm.types import Record
 
 Split = Literal["train", "validation"]
@@ -210,7 +210,7 @@ def of_split(path: Path, split: Split) -> Path:
 
 
 def open_beside(
-    sources: Sequence[SourceConfig], split: Split, reader: ShardReader, positions: NDArray[np.int64]
+    sources: Sequence[SourceConfig], split: Split, reader: ShardReader, positions: Positions
 ) -> dict[Path, Beside]:
     """What the sources read beside the data, opened. An example that it lacks is found here, before the first step."""
     opened: dict[Path, Beside] = {}
@@ -223,7 +223,8 @@ def open_beside(
             opened[path] = SideShards(place) if place.is_dir() else CaptionFile(place)
         if getattr(source, "missing", "none") == "error":
             found: Any = opened[path]
-            _require(np.isin(reader.index.hashes[positions], found.hashes), reader, positions, place, "missing=none")
+            at = np.asarray(positions)
+            _require(np.isin(reader.index.hashes[at], found.hashes), reader, at, place, "missing=none")
     return opened
 
 
@@ -260,17 +261,19 @@ def beside_paths(supervision: SupervisionConfig) -> list[Path]:
 # --- Selection -------------------------------------------------------------------------------------------------------
 
 
-def select(supervision: SupervisionConfig, reader: ShardReader) -> NDArray[np.int64]:
+def select(supervision: SupervisionConfig, reader: ShardReader) -> Positions:
     """Positions of the examples that may be seen: exactly `round(fraction * n)` of the n that `keys` allows.
 
-    Depends on keys, scores and configuration alone; a smaller fraction is inside a larger one. Memory: arrays of n.
+    Depends on keys, scores and configuration alone; a smaller fraction is inside a larger one. A window of
+    all is three numbers, anything else arrays of n.
     """
     hashes, selection = reader.index.hashes, supervision.selection
     allowed = None if supervision.keys is None else positions_of_keys(supervision.keys, reader)
     if not isinstance(selection, BestByScoreConfig):
         if allowed is None:
             return window(hashes, supervision.fraction, supervision.subset_seed)
-        return allowed[window(hashes[allowed], supervision.fraction, supervision.subset_seed)]
+        chosen: NDArray[np.int64] = np.asarray(window(hashes[allowed], supervision.fraction, supervision.subset_seed))
+        return allowed[chosen]
     if allowed is None:
         allowed = np.arange(len(hashes), dtype=np.int64)
     count = round(supervision.fraction * len(allowed))

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from data_loaders.damage import OnDamage, WindowReader
 from data_loaders.images import Images
 from data_loaders.shards import ShardReader
 from vlm.errors import UserError
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.supervision import SourceConfig
 from vlm.supervision.sources import Beside, LabelMatching, label_spans, supervise
+from vlm.supervision.subset import Positions
 from vlm.types import Batch, Question
 
 
@@ -30,26 +30,26 @@ class PairBatches:
     def __init__(
         self,
         reader: ShardReader,
-        positions: NDArray[np.int64],
+        positions: Positions,
         sources: Sequence[SourceConfig],
         images: Images,
         tokenizer: Tokenizer,
         negative_fraction: float = 0.0,
         beside: Mapping[Path, Beside] | None = None,
         label_matching: LabelMatching | None = None,
+        damaged: OnDamage = "stop",
+        seed: int = 0,
     ) -> None:
-        self.reader, self.positions, self.sources = reader, positions, tuple(sources)
-        self.images, self.tokenizer, self.negative_fraction = images, tokenizer, negative_fraction
-        self.beside, self.label_matching = beside, label_matching
+        self.window = WindowReader(reader, positions, images, damaged, seed)
+        self.sources, self.beside, self.label_matching = tuple(sources), beside, label_matching
+        self.tokenizer, self.negative_fraction = tokenizer, negative_fraction
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.window)
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        records = (self.reader.text(int(self.positions[at])) for at in positions)
-        examples = [supervise(record, self.sources, self.beside) for record in records]
-        extra = [self.reader.text(int(self.positions[at])) for at in self._other(len(positions))]
-        keys = (*(example.key for example in examples), *(record.key for record in extra))
+        records, pixels, damages = self.window.read([*positions, *self._other(len(positions))])
+        examples = [supervise(record, self.sources, self.beside) for record in records[: len(positions)]]
         texts, label_tokens = [example.text for example in examples], None
         if self.label_matching is None:
             ids, mask, special = self.tokenizer(texts)
@@ -57,18 +57,33 @@ class PairBatches:
             spans = [label_spans(example.labels, self.label_matching) for example in examples]
             ids, mask, special, label_tokens = self.tokenizer.with_spans(texts, spans)
         return Batch(
-            keys=keys,
-            image=self.images(keys),
+            keys=tuple(record.key for record in records),
+            image=pixels,
             text_ids=ids,
             text_mask=mask,
             special_mask=special,
             label_tokens=label_tokens,
             sources=tuple(example.source for example in examples),
+            damages=damages,
         )
+
+    @property
+    def images(self) -> Images:
+        return self.window.images
+
+    @images.setter
+    def images(self, images: Images) -> None:
+        self.window.images = images
 
     def image_keys(self) -> list[str]:
         """The distinct images of all examples."""
-        return [self.reader.text(int(position)).key for position in self.positions]
+        return self.window.keys()
+
+    def shard_cuts(self) -> tuple[int, ...]:
+        return self.window.reader.index.cuts(self.window.positions)
+
+    def read_ahead(self, positions: Sequence[int]) -> None:
+        self.window.read_ahead(positions)
 
     def _other(self, count: int) -> list[int]:
         num_extra = round(self.negative_fraction * count)
@@ -79,24 +94,36 @@ class ImageBatches:
     """Images with their classes, no text: for vision encoders that are pretrained alone."""
 
     def __init__(
-        self, reader: ShardReader, positions: NDArray[np.int64], classes: Sequence[str], images: Images
+        self,
+        reader: ShardReader,
+        positions: Positions,
+        classes: Sequence[str],
+        images: Images,
+        damaged: OnDamage = "stop",
+        seed: int = 0,
     ) -> None:
-        self.reader, self.positions, self.images = reader, positions, images
+        self.window = WindowReader(reader, positions, images, damaged, seed)
         self.class_ids = {name: number for number, name in enumerate(classes)}
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.window)
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        records = [self.reader.text(int(self.positions[at])) for at in positions]
+        records, pixels, damages = self.window.read(positions)
         targets = torch.zeros(len(records), len(self.class_ids))
         for row, record in enumerate(records):
             for name in record.classes:
                 if name not in self.class_ids:
-                    raise UserError(f"{self.reader.index.folder}: {record.key} has the unknown class {name!r}")
+                    folder = self.window.reader.index.folder
+                    raise UserError(f"{folder}: {record.key} has the unknown class {name!r}")
                 targets[row, self.class_ids[name]] = 1.0
-        keys = tuple(record.key for record in records)
-        return Batch(keys=keys, image=self.images(keys), targets=targets)
+        return Batch(keys=tuple(record.key for record in records), image=pixels, targets=targets, damages=damages)
+
+    def shard_cuts(self) -> tuple[int, ...]:
+        return self.window.reader.index.cuts(self.window.positions)
+
+    def read_ahead(self, positions: Sequence[int]) -> None:
+        self.window.read_ahead(positions)
 
 
 class TextBatches:

@@ -46,12 +46,15 @@ def open_image(data: bytes, name: str) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap below is the lower one
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP"))
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(
-            f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}",
-            reason="too many pixels",
-        )
+    refuse_too_large(image.width, image.height, name)
     return image
+
+
+def refuse_too_large(width: int, height: int, name: str) -> None:
+    """An `ImageError` for a picture of more than `MAX_PIXELS`."""
+    if width * height > MAX_PIXELS:
+        message = f"{name}: {width} x {height} pixels is over the limit of {MAX_PIXELS:,}"
+        raise ImageError(message, reason="too many pixels")
 
 
 @contextmanager
@@ -62,9 +65,10 @@ def decoding(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except Exception as error:
-        reason = "no image" if isinstance(error, UnidentifiedImageError) else "damaged"
-        message = f"{name}: the image cannot be decoded ({type(error).__name__}: {error})"
-        raise ImageError(message, reason) from None
+        unknown = isinstance(error, UnidentifiedImageError)  # whose own text holds an address in memory
+        said = "no known format" if unknown else f"{type(error).__name__}: {error}"
+        message = f"{name}: the image cannot be decoded ({said})"
+        raise ImageError(message, "no image" if unknown else "damaged") from None
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from data_loaders.shards import ShardReader
+from data_loaders.decoding import ImageError
+from data_loaders.shards import DamagedError, ShardReader
 from data_loaders.transforms import ImageTransform
 from vlm.errors import UserError
+from vlm.types import Damage
 
 
 @runtime_checkable
@@ -28,14 +30,25 @@ class Images(Protocol):
 class DecodedImages:
     """Pixels from shards; each image of a batch is read and decoded once.
 
-    An even grey stands in for those of `missing`, which the release lacked when it was prepared.
+    One `DamagedError` names all damaged ones of a batch, before anything is drawn from torch's generator. An even grey
+    stands in for those of `missing`, which the release lacked when it was prepared.
     """
 
     def __init__(self, reader: ShardReader, transform: ImageTransform, missing: Collection[str] = ()) -> None:
         self.reader, self.transform, self.missing = reader, transform, missing
 
     def __call__(self, keys: Sequence[str]) -> UInt8[Tensor, "b 3 h w"]:
-        pixels = {key: self._pixels(key) for key in dict.fromkeys(keys)}
+        pixels: dict[str, Tensor] = {}
+        damages: dict[str | int, Damage] = {}
+        for key in dict.fromkeys(keys):
+            try:
+                pixels[key] = self._pixels(key)
+            except DamagedError as error:
+                damages[key] = next(iter(error.damages.values()))
+        if damages:
+            raise DamagedError(damages)
+        if self.transform.augment is not None:
+            pixels = {key: self.transform.augment(square) for key, square in pixels.items()}
         return torch.stack([pixels[key] for key in keys])
 
     def _pixels(self, key: str) -> UInt8[Tensor, "3 h w"]:
@@ -45,7 +58,11 @@ class DecodedImages:
             if key in self.missing:
                 return grey(self.transform.image_pixels)
             raise UserError(f"{self.reader.index.folder}: image {key!r} is asked for, but it is not here") from None
-        return self.transform(self.reader.image(position), key)
+        data = self.reader.image(position)
+        try:
+            return self.transform.square(data, key)
+        except ImageError as error:
+            raise DamagedError({position: self.reader.damage(position, "image", f"is damaged ({error})")}) from None
 
 
 class OneImage:
@@ -107,10 +124,18 @@ def grey(image_pixels: int) -> UInt8[Tensor, "3 h w"]:
 
 
 class EncodedImages:
-    """States of a frozen vision encoder, one row an image, in place of the pixels they came from."""
+    """States of a frozen vision encoder, one row an image, in place of the pixels they came from.
 
-    def __init__(self, states: Float[Tensor, "n p d"], rows: Mapping[str, int]) -> None:
-        self.states, self.rows = states, rows
+    `damages`: images that had no pixels; to ask for one is a `DamagedError`, as it was before.
+    """
+
+    def __init__(
+        self,
+        states: Float[Tensor, "n p d"],
+        rows: Mapping[str, int],
+        damages: Mapping[str | int, Damage] | None = None,
+    ) -> None:
+        self.states, self.rows, self.damages = states, rows, dict(damages or {})
 
     @classmethod
     def encode(
@@ -121,20 +146,39 @@ class EncodedImages:
         max_bytes: int,
         batch_size: int = 64,
         shown: Callable[[Sequence[int]], Iterable[int]] = iter,
+        skip_damaged: bool = False,
     ) -> EncodedImages | None:
         """All images through the encoder once, in the order of `keys`; None if their states need over `max_bytes`.
 
         The batches are the same whatever is asked for later, so a resumed run sees the same states to the last bit.
         """
         states: Tensor | None = None
+        done, rows = 0, dict[str, int]()
+        damages: dict[str | int, Damage] = {}
         for start in shown(range(0, len(keys), batch_size)):
-            part = encoder(images(keys[start : start + batch_size])).float().cpu()
+            mine = list(keys[start : start + batch_size])
+            try:
+                pixels = images(mine)
+            except DamagedError as error:
+                if not skip_damaged:
+                    raise
+                damages |= error.damages
+                mine = [key for key in mine if key not in error.damages]
+                if not mine:
+                    continue
+                pixels = images(mine)
+            part = encoder(pixels).float().cpu()
             if states is None:
                 if part[0].nbytes * len(keys) > max_bytes:
                     return None
                 states = torch.empty(len(keys), *part.shape[1:])
-            states[start : start + len(part)] = part
-        return None if states is None else cls(states, {key: row for row, key in enumerate(keys)})
+            states[done : done + len(part)] = part
+            rows |= {key: done + row for row, key in enumerate(mine)}
+            done += len(part)
+        return None if states is None else cls(states, rows, damages)
 
     def __call__(self, keys: Sequence[str]) -> Float[Tensor, "b p d"]:
+        damages: dict[str | int, Damage] = {key: self.damages[key] for key in keys if key in self.damages}
+        if damages:
+            raise DamagedError(damages)
         return self.states[[self.rows[key] for key in keys]]

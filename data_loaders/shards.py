@@ -16,29 +16,49 @@ import contextlib
 import hashlib
 import io
 import json
+import mmap
 import os
 import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from data_loaders.remote import RemoteFolder
 from vlm.errors import UserError
-from vlm.types import Record
+from vlm.supervision.subset import Positions, Window
+from vlm.types import Damage, Record
 
 FORMAT = 1
 METADATA = ("captions", "labels", "scores", "classes")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_-]{0,199}")  # no dots: WebDataset splits names at the first one
 
 
+MAX_OPEN_SHARDS = 64  # a process may hold 1,024 files as a rule, and a large data set has more shards
+
+Part = Literal["image", "json"]
+
+
 class ShardError(UserError):
     """A shard folder that is missing, damaged or unsafe. The message names the file and the remedy."""
+
+
+class DamagedError(ShardError):
+    """Examples that cannot be read although their shard is there; by key, or by position where the key is unread."""
+
+    def __init__(self, damages: dict[str | int, Damage]) -> None:
+        first = next(iter(damages.values()))
+        more = f" ({len(damages) - 1} more of this batch are damaged)" if len(damages) > 1 else ""
+        super().__init__(f"{first}{more}. Prepare it again")
+        self.damages = damages
 
 
 def ring_hash(key: str) -> int:
@@ -48,9 +68,14 @@ def ring_hash(key: str) -> int:
 
 @dataclass(frozen=True)
 class Index:
-    """What `index.json` and `index.safetensors` say of a shard folder; arrays have one entry an example."""
+    """What `index.json` and `index.safetensors` say of a shard folder; arrays have one entry an example.
+
+    The arrays are mapped, not read, and another process gets the folder's name in place of them: memory does not grow
+    with the number of examples.
+    """
 
     folder: Path
+    remote: RemoteFolder | None  # where the shards are fetched from, if they do not lie in the folder
     shards: tuple[dict[str, Any], ...]  # file, examples, bytes, first_hash, last_hash, sha256
     hashes: np.ndarray  # int64 [n], ascending
     shard: np.ndarray  # int32 [n]
@@ -71,8 +96,35 @@ class Index:
         """12 hex digits that stand for the content of every shard."""
         return hashlib.sha256("".join(s["sha256"] for s in self.shards).encode()).hexdigest()[:12]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened_again, (self.folder, self.remote, self.fingerprint)
 
-ARRAYS = ("hashes", "shard", "image_offset", "image_size", "json_offset", "json_size")
+    def cuts(self, positions: Positions) -> tuple[int, ...]:
+        """The places in `positions` at which another shard begins; none if they do not ascend along the ring."""
+        starts = np.cumsum([0, *(int(shard["examples"]) for shard in self.shards)])[:-1]
+        if isinstance(positions, Window):
+            cuts = (starts - positions.first) % max(len(self), 1)
+        else:
+            array = np.asarray(positions)
+            cuts = np.searchsorted(array, starts) if (array[1:] > array[:-1]).all() else starts[:0]
+        return tuple(np.unique(cuts[(cuts > 0) & (cuts < len(positions))]).tolist())
+
+
+def _opened_again(folder: Path, remote: RemoteFolder | None, fingerprint: str) -> Index:
+    index = open_index(folder, remote)
+    if index.fingerprint != fingerprint:
+        raise ShardError(f"{folder}: the shards were replaced while they were read. Start again")
+    return index
+
+
+ARRAYS = {
+    "hashes": np.int64,
+    "shard": np.int32,
+    "image_offset": np.int64,
+    "image_size": np.int32,
+    "json_offset": np.int64,
+    "json_size": np.int32,
+}
 
 
 def write_shards(
@@ -194,8 +246,11 @@ class _ShardWriter:
         self._tar, self._keys = None, []
 
 
-def open_index(folder: Path) -> Index:
-    """Read a shard folder's index; the tars themselves are not opened."""
+def open_index(folder: Path, remote: RemoteFolder | None = None) -> Index:
+    """The index of a shard folder, checked as far as costs nothing; a place is checked again when it is read.
+
+    With `remote` the folder holds the index alone, and the shards are fetched when they are asked for.
+    """
     header_file, array_file = folder / "index.json", folder / "index.safetensors"
     for file in (header_file, array_file):
         if not file.is_file():
@@ -204,9 +259,11 @@ def open_index(folder: Path) -> Index:
         header = json.loads(header_file.read_text(encoding="utf-8"))
         version = header.get("format")
         shards = tuple(header["shards"]) if version == FORMAT else ()
-        names, sizes = [str(shard["file"]) for shard in shards], [int(shard["bytes"]) for shard in shards]
+        names = [str(shard["file"]) for shard in shards]
+        numbers = np.array([[int(shard[name]) for name in NUMBERS] for shard in shards], dtype=np.int64)
         num_examples = int(header["examples"]) if version == FORMAT else 0
         made_by = dict(header.get("made_by", {}))
+        _ = ["" + shard["sha256"] for shard in shards]
     except Exception as error:
         raise ShardError(f"{header_file}: cannot be read ({error!r}). Prepare the shards again") from None
     if version != FORMAT:
@@ -215,44 +272,77 @@ def open_index(folder: Path) -> Index:
         if not re.fullmatch(r"[0-9]+\.tar", name):
             raise ShardError(f"{header_file}: shard name {name!r} is not NUMBER.tar")
     try:
-        arrays = load_file(array_file)
+        arrays = _mapped(array_file)
     except Exception as error:
         raise ShardError(f"{array_file}: cannot be read ({error}). Prepare the shards again") from None
-    if not _agree(arrays, num_examples, np.array(sizes, dtype=np.int64)):
+    if not _agree(arrays, num_examples, numbers.reshape(-1, len(NUMBERS)).T):
         raise ShardError(f"{array_file}: does not match index.json. Prepare the shards again")
-    return Index(folder, shards, **arrays, made_by=made_by)
+    return Index(folder, remote, shards, **arrays, made_by=made_by)
 
 
-def _agree(arrays: dict[str, np.ndarray], num_examples: int, shard_bytes: np.ndarray) -> bool:
-    """Whether the arrays have an entry an example, in the ring's order, and every place lies inside its shard."""
-    if set(arrays) != set(ARRAYS):
+NUMBERS = ("examples", "bytes", "first_hash", "last_hash")
+
+
+def _mapped(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file as they lie on disk; only what is used is read."""
+    with safe_open(file, framework="numpy"):
+        pass  # the library checks the header against the file's size
+    with file.open("rb") as content:
+        header_size = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(header_size))
+        data = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
+    arrays = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        kind = np.dtype({"I64": np.int64, "I32": np.int32}[entry["dtype"]])
+        count, start = int(np.prod(entry["shape"])), 8 + header_size + entry["data_offsets"][0]
+        flat = np.frombuffer(data, kind, count, start) if count else np.empty(0, kind)
+        arrays[name] = flat.reshape(entry["shape"])
+    return arrays
+
+
+def _agree(arrays: dict[str, np.ndarray], num_examples: int, numbers: np.ndarray) -> bool:
+    """Whether the arrays have an entry an example, and the first and last example of each shard are where it says.
+
+    What lies between is checked when it is read: a pass over all arrays would cost what mapping them saves.
+    """
+    if {name: array.dtype for name, array in arrays.items()} != ARRAYS:
         return False
-    if any(array.shape != (num_examples,) or array.dtype.kind != "i" for array in arrays.values()):
+    if any(array.shape != (num_examples,) for array in arrays.values()):
         return False
-    shard = arrays["shard"]
-    if any((array < 0).any() for array in arrays.values()) or (shard >= len(shard_bytes)).any():
+    counts, sizes, first_hash, last_hash = numbers
+    ends = np.cumsum(counts)
+    if (counts < 0).any() or (ends[-1] if len(ends) else 0) != num_examples:
         return False
-    ends = shard_bytes[shard]
-    inside = [(arrays[f"{part}_offset"] <= ends - arrays[f"{part}_size"]).all() for part in ("image", "json")]
-    return all(inside) and bool((np.diff(arrays["hashes"]) > 0).all())
+    full = np.flatnonzero(counts)
+    first, last = ends[full] - counts[full], ends[full] - 1
+    hashes, shard = arrays["hashes"], arrays["shard"]
+    agree = (hashes[first] == first_hash[full]) & (hashes[last] == last_hash[full]) & (first_hash <= last_hash)[full]
+    agree &= (shard[first] == full) & (shard[last] == full)
+    for row in (first, last):
+        for part in ("image", "json"):
+            offset, size = arrays[f"{part}_offset"][row], arrays[f"{part}_size"][row]
+            agree &= (offset >= 0) & (size >= 0) & (offset <= sizes[full] - size)
+    return bool(agree.all()) and bool((last_hash[full][:-1] < first_hash[full][1:]).all())
 
 
 class ShardReader:
     """Random access to the examples of a shard folder by their position on the hash ring.
 
-    Opens a tar when its first example is asked for and reads only the bytes of that example. Safe to hand to
-    worker processes: open files are not carried over.
+    Opens a tar when its first example is asked for and reads only the bytes of that example: places come from the
+    index, and names inside a tar are never followed. Safe to hand to worker processes: open files are not carried over.
     """
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self._files: dict[int, int] = {}  # shard number -> file descriptor
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> file descriptor, least recently used first
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"index": self.index, "_files": {}}
+        return {"index": self.index, "_files": OrderedDict()}
 
     def __del__(self) -> None:
         for descriptor in self._files.values():
@@ -265,19 +355,30 @@ class ShardReader:
         """The example without its image, whose bytes are not read."""
         return self._record(position, b"")
 
+    def texts(self, skip_damaged: bool = False) -> Iterator[Record]:
+        """All examples without their images."""
+        for position in range(len(self)):
+            try:
+                yield self.text(position)
+            except DamagedError:
+                if not skip_damaged:
+                    raise
+
     def image(self, position: int) -> bytes:
         """The encoded image of the example, and nothing else."""
-        index = self.index
-        return self._read(position, int(index.image_offset[position]), int(index.image_size[position]))
+        return self._read(position, "image")
 
     def _record(self, position: int, image: bytes) -> Record:
-        index = self.index
-        metadata = self._read(position, int(index.json_offset[position]), int(index.json_size[position]))
+        metadata = self._read(position, "json")
         try:
             values = json.loads(metadata)
-            return Record(values["key"], image, **{name: tuple(values.get(name, ())) for name in METADATA})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ShardError(f"{self._file(position)}: example {position} is damaged ({error})") from None
+            record = Record(values["key"], image, **{name: tuple(values.get(name, ())) for name in METADATA})
+            place = ring_hash(record.key)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(position, "json", f"is damaged ({error})") from None
+        if place != int(self.index.hashes[position]):
+            raise self._damaged(position, "json", f"is damaged (the key {record.key[:80]!r} does not belong here)")
+        return record
 
     def __iter__(self) -> Iterator[Record]:
         return (self[position] for position in range(len(self)))
@@ -290,20 +391,71 @@ class ShardReader:
             return at
         raise KeyError(key)
 
-    def _file(self, position: int) -> Path:
-        return self.index.folder / str(self.index.shards[int(self.index.shard[position])]["file"])
+    def damage(self, position: int, part: Part, reason: str) -> Damage:
+        """What is wrong with a part of an example, with the shard and the member that hold it."""
+        shard = self.index.shards[int(self.index.shard[position])]["file"]
+        return Damage(str(self._location(shard)), position, self._member(position, part), reason)
 
-    def _read(self, position: int, offset: int, size: int) -> bytes:
-        number = int(self.index.shard[position])
-        if number not in self._files:
-            try:
-                self._files[number] = os.open(self._file(position), os.O_RDONLY)
-            except FileNotFoundError:
-                raise ShardError(f"{self._file(position)}: the index names this shard, but it is missing") from None
-        data = os.pread(self._files[number], size, offset)
+    def read_ahead(self, positions: Sequence[int]) -> None:
+        """Begin to fetch the shards of these positions, where they are remote."""
+        if self.index.remote is not None:
+            numbers = dict.fromkeys(self.index.shard[np.asarray(positions)].tolist())
+            shards = self.index.shards
+            self.index.remote.read_ahead([shards[number] for number in numbers if 0 <= number < len(shards)])
+
+    def _damaged(self, position: int, part: Part, reason: str) -> DamagedError:
+        return DamagedError({position: self.damage(position, part, reason)})
+
+    def _location(self, shard: str) -> str | Path:
+        return self.index.folder / shard if self.index.remote is None else self.index.remote.url(shard)
+
+    def _member(self, position: int, part: Part) -> str:
+        """What the tar calls a part of an example; empty where the tar cannot be asked."""
+        try:
+            number, offset, _ = self._place(position, part)
+            header = os.pread(self._open(number), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+            return tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace").name[:300]
+        except (ShardError, OSError, tarfile.HeaderError):
+            return ""
+
+    def _place(self, position: int, part: Part) -> tuple[int, int, int]:
+        """Shard number, offset and size, once they are known to lie inside the shard."""
+        index = self.index
+        offsets, sizes = (
+            (index.image_offset, index.image_size) if part == "image" else (index.json_offset, index.json_size)
+        )
+        number, offset, size = int(index.shard[position]), int(offsets[position]), int(sizes[position])
+        if not (
+            0 <= number < len(index.shards) and offset >= 0 and 0 <= size <= index.shards[number]["bytes"] - offset
+        ):
+            file = index.folder / "index.safetensors"
+            raise DamagedError({position: Damage(str(file), position, "", "lies outside its shard")})
+        return number, offset, size
+
+    def _read(self, position: int, part: Part) -> bytes:
+        number, offset, size = self._place(position, part)
+        data = os.pread(self._open(number), size, offset)
         if len(data) != size:
-            raise ShardError(f"{self._file(position)}: truncated, example {position} ends early. Prepare it again")
+            raise self._damaged(position, part, "ends early: the shard is truncated")
         return data
+
+    def _open(self, number: int) -> int:
+        """The file descriptor of a shard."""
+        if number in self._files:
+            self._files.move_to_end(number)
+            return self._files[number]
+        shard, remote = self.index.shards[number], self.index.remote
+        while len(self._files) >= MAX_OPEN_SHARDS:
+            os.close(self._files.popitem(last=False)[1])
+        if remote is not None:
+            self._files[number] = remote.open_shard(shard)
+        else:
+            file = self.index.folder / str(shard["file"])
+            try:
+                self._files[number] = os.open(file, os.O_RDONLY)
+            except FileNotFoundError:
+                raise ShardError(f"{file}: the index names this shard, but it is missing") from None
+        return self._files[number]
 
 
 def _checked(records: Iterable[Record], folder: Path) -> Iterator[Record]:

@@ -95,7 +95,8 @@ def ledger_of_run(run: Path) -> Ledger:
 
 def prepared_root(config: RunConfig) -> Path | None:
     """The data root, if it is there already."""
-    return config.data.root if config.data.root.is_dir() else None
+    root = config.data.root
+    return root if isinstance(root, Path) and root.is_dir() else None
 
 
 def _trained(config: RunConfig) -> list[Component]:
@@ -145,7 +146,7 @@ def _images(config: RunConfig, root: Path | None) -> list[Entry]:
     kind: Kind = "labelled_images" if has_labels else "images"
     if root is None:
         return [Entry(kind, "data", None, UNPREPARED)]
-    reader, chosen = _chosen(config, root / "unimodal" / "train")
+    reader, chosen = _chosen(config, root, "unimodal/train")
     return _entries(reader, {kind: chosen})
 
 
@@ -155,7 +156,7 @@ def _pairs(config: RunConfig, root: Path | None, max_read: int | None) -> list[E
     kinds: list[Kind] = [kind for kind in dict.fromkeys(certain) if kind is not None]
     if root is None:
         return [Entry(kind, "data", None, UNPREPARED) for kind in kinds or ["pairs"]]
-    reader, chosen = _chosen(config, root / "pairs" / "train")
+    reader, chosen = _chosen(config, root, "pairs/train")
     if len(kinds) == 1 and None not in certain:
         return _entries(reader, {kinds[0]: chosen})
     if max_read is not None and len(chosen) > max_read:
@@ -164,12 +165,14 @@ def _pairs(config: RunConfig, root: Path | None, max_read: int | None) -> list[E
     return _entries(reader, _by_reading(config, reader, chosen))
 
 
-def _chosen(config: RunConfig, folder: Path) -> tuple[ShardReader, NDArray[np.int64]]:
-    from data_loaders.beside import select
-    from data_loaders.shards import ShardReader, open_index
+def _chosen(config: RunConfig, root: Path, folder: str) -> tuple[ShardReader, NDArray[np.int64]]:
+    import numpy as np
 
-    reader = ShardReader(open_index(folder))
-    return reader, select(config.supervision, reader)
+    from data_loaders.beside import select
+    from data_loaders.shards import ShardReader
+
+    reader = ShardReader(config.data.open_index(root, folder))
+    return reader, np.asarray(select(config.supervision, reader))
 
 
 def _entries(reader: ShardReader, positions: dict[Kind, NDArray[np.int64]]) -> list[Entry]:
@@ -190,18 +193,26 @@ def _kind_of(source: SourceConfig) -> Kind | None:
 
 
 def _by_reading(config: RunConfig, reader: ShardReader, chosen: NDArray[np.int64]) -> dict[Kind, NDArray[np.int64]]:
-    """Positions by the kind of supervision that each example has, as its step will see it."""
+    """Positions by the kind of supervision that each example has, as its step will see it. Damaged ones have none."""
     import numpy as np
 
     from data_loaders.beside import open_beside
+    from data_loaders.shards import DamagedError
     from vlm.supervision.sources import supervise
 
     sources = config.supervision.sources
     beside = open_beside(config.supervision.drawn, "train", reader, chosen)
     kinds: dict[str, Kind] = {"human": "pairs", "none": "images"}
     order: tuple[Kind, ...] = ("pairs", "labelled_images", "images")
-    seen = (supervise(reader.text(int(at)), sources, beside).source for at in chosen)
-    found = np.fromiter((order.index(kinds.get(source, "labelled_images")) for source in seen), np.uint8, len(chosen))
+
+    def kind_of(position: int) -> int:
+        try:
+            source = supervise(reader.text(position), sources, beside).source
+        except DamagedError:  # where the run may go on without it
+            return len(order)
+        return order.index(kinds.get(source, "labelled_images"))
+
+    found = np.fromiter((kind_of(int(at)) for at in chosen), np.uint8, len(chosen))
     return {kind: chosen[found == number] for number, kind in enumerate(order)}
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # Hydra takes longer to import than everything else here, and
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
-FINGERPRINT_FORMAT = 2
+FINGERPRINT_FORMAT = 3
 """Enters every fingerprint. Raise it when a default changes: old fingerprints would otherwise mean new values."""
 
 KeyPath = tuple[str | int, ...]
@@ -59,6 +59,11 @@ RunReference = Annotated[Path, _ReferenceMarker()]
 def not_identity(default: Any, **constraints: Any) -> Any:
     """A pydantic field that does not decide the numbers (folders, devices, logging): `fingerprint` leaves it out."""
     return Field(default, json_schema_extra={"identity": False}, **constraints)
+
+
+def always_identity(default: Any) -> Any:
+    """A pydantic field that `fingerprint` counts even at its default: what runs did before it was there differs."""
+    return Field(default, json_schema_extra={"identity": "always"})
 
 
 class CustomConfig(Config):
@@ -601,7 +606,7 @@ def fingerprint(config: Config) -> str:
     """12 hex digits of the SHA-256 of what decides the run's numbers.
 
     Left out: fields declared with `not_identity`, and fields that equal their default, so that a field added later
-    changes no old fingerprint. `type` always counts. The price: a default that changes must raise
+    changes no old fingerprint. `type` and `always_identity` count always. The price: a default that changes must raise
     `FINGERPRINT_FORMAT`. Of a `RunReference` that ends in a fingerprint only the final name counts, so that the runs
     folder can move; any other path counts whole.
     """
@@ -620,7 +625,8 @@ def _identity(value: Any, is_reference: bool = False) -> Any:
                 continue
             reference = _is_reference(field.annotation) or any(isinstance(m, _ReferenceMarker) for m in field.metadata)
             own = _identity(getattr(value, name), reference)
-            if name != "type" and not field.is_required():
+            always = name == "type" or (isinstance(extra, dict) and extra.get("identity") == "always")
+            if not always and not field.is_required():
                 default = field.get_default(call_default_factory=True, validated_data={})
                 if json.dumps(own, sort_keys=True) == json.dumps(_identity(default, reference), sort_keys=True):
                     continue

@@ -114,6 +114,8 @@ class RunConfig(Config):
             raise ValueError("give objectives (pretraining) or a task (fine-tuning), and not both")
         if self.optimizer.clip_norm is not None and "fsdp" in self.trainer.strategy:
             raise ValueError("trainer.strategy=fsdp cannot clip by norm. Give optimizer.clip_norm=null")
+        if self.task is not None and self.data.is_remote:
+            raise ValueError("data.root: a URL serves pretraining alone. Copy the data of the task into a folder")
         for name, objective in self.objectives.items():
             wanted = _part_of(objective)
             if wanted is not None and wanted != self.data.part:
@@ -239,7 +241,7 @@ def image_transform(config: RunConfig, model: VisionLanguageModel, training: boo
 
     vision: Any = model.vision
     augmentation = config.data.augmentation if training else "none"
-    return ImageTransform(vision.image_pixels, vision.interpolation, augmentation)
+    return ImageTransform(vision.image_pixels, vision.interpolation, augmentation, config.data.decode)
 
 
 def build_pretraining(
@@ -261,40 +263,41 @@ def pretraining_data(
     config: RunConfig, root: Path, model: VisionLanguageModel, tokenizer: Tokenizer
 ) -> tuple[BatchSource, BatchSource, tuple[str, ...]]:
     """Training and validation examples of `data.part`, and the classes where it has them."""
-    import numpy as np
-
     from data_loaders.beside import open_beside, select
     from data_loaders.collate import ImageBatches, PairBatches, TextBatches
     from data_loaders.images import DecodedImages
-    from data_loaders.shards import ShardReader, open_index
+    from data_loaders.shards import ShardReader
+    from vlm.supervision.subset import Window
 
     supervision = config.supervision
     if config.data.part == "texts":
         lines = [(root / "texts" / f"{split}.txt").read_text().splitlines() for split in ("train", "validation")]
         return TextBatches(lines[0], tokenizer), TextBatches(_first(config, lines[1]), tokenizer), ()
-    folder = root / ("pairs" if config.data.part == "pairs" else "unimodal")
-    train, validation = (ShardReader(open_index(folder / split)) for split in ("train", "validation"))
+    folder = "pairs" if config.data.part == "pairs" else "unimodal"
+    splits = ("train", "validation")
+    train, validation = (ShardReader(config.data.open_index(root, f"{folder}/{split}")) for split in splits)
     chosen = select(supervision, train)
-    held_out = _first(config, np.arange(len(validation)))
+    held_out = _first(config, Window(0, len(validation), len(validation)))
     images = [
         DecodedImages(reader, image_transform(config, model, training=reader is train))
         for reader in (train, validation)
     ]
     if config.data.part == "images":
-        texts = (reader.text(place) for reader in (train, validation) for place in range(len(reader)))
+        texts = (record for reader in (train, validation) for record in reader.texts(config.data.damaged == "skip"))
         classes = tuple(sorted({name for record in texts for name in record.classes}))
         return (
-            ImageBatches(train, chosen, classes, images[0]),
-            ImageBatches(validation, held_out, classes, images[1]),
+            ImageBatches(train, chosen, classes, images[0], config.data.damaged, config.seed),
+            ImageBatches(validation, held_out, classes, images[1], config.data.damaged, config.seed),
             classes,
         )
     negatives = max((_negative_fraction(objective) for objective in config.objectives.values()), default=0.0)
     sources, matching = supervision.sources, _label_matching(config)
     beside = open_beside(supervision.drawn, "train", train, chosen)
     beside_held_out = open_beside(supervision.drawn, "validation", validation, held_out)
+    options = matching, config.data.damaged, config.seed
     return (
-        PairBatches(train, chosen, sources, images[0], tokenizer, negatives, beside, matching),
-        PairBatches(validation, held_out, sources, images[1], tokenizer, negatives, beside_held_out, matching),
+        PairBatches(train, chosen, sources, images[0], tokenizer, negatives, beside, *options),
+        PairBatches(validation, held_out, sources, images[1], tokenizer, negatives, beside_held_out, *options),
         (),
     )
 
@@ -375,10 +378,16 @@ def question_batches(
         questions,
         images,
         tokenizer,
-        lambda question: task.target(question, answer_ids),
+        partial(_target, task, answer_ids),
         len(answers),
         task.multi_label,
     )
+
+
+def _target(task: Any, answer_ids: dict[str, int], question: Any) -> dict[int, float]:
+    """What a question's answers are worth. A function of the module, so that it can be handed to loader processes."""
+    target: dict[int, float] = task.target(question, answer_ids)
+    return target
 
 
 def task_images(task: Any, root: Path, transform: ImageTransform) -> Images:
@@ -422,6 +431,7 @@ def encode_frozen_images(config: RunConfig, model: VisionLanguageModel, source: 
             lambda pixels: model.encode_image(pixels.to(device)),
             limit,
             shown=partial(track, description="encoding images", disable=not options.progress),
+            skip_damaged=config.data.damaged == "skip",
         )
     if encoded is not None:
         if isinstance(source.images, GreyImages):
@@ -488,7 +498,6 @@ def _refuse_another_run(config: RunConfig, folder: Path) -> None:
 def _inputs(config: RunConfig, root: Path) -> dict[str, str]:
     """What a run learns from beside its config: a fingerprint of each shard folder or text file that it may read."""
     from data_loaders.beside import beside_paths, content_fingerprint
-    from data_loaders.shards import open_index
 
     if config.task is not None:
         names = [f"{config.task.type}/images"]
@@ -498,7 +507,7 @@ def _inputs(config: RunConfig, root: Path) -> dict[str, str]:
     else:
         folder = "pairs" if config.data.part == "pairs" else "unimodal"
         names = [f"{folder}/train", f"{folder}/validation"]
-    found = {name: open_index(root / name).fingerprint for name in names if (root / name).is_dir()}
+    found = {name: config.data.open_index(root, name).fingerprint for name in names if (root / name).is_dir()}
     if config.task is None and config.data.part == "pairs":
         found |= {path.as_posix(): content_fingerprint(path) for path in beside_paths(config.supervision)}
     return found
@@ -547,6 +556,7 @@ def _fit(
         rank=rank,
         world_size=world_size,
         num_workers=config.data.num_workers,
+        shuffle_shards=config.data.shuffle_shards,
     )
     held_out = evaluation_loader(
         validation_source, options.evaluation_batch_size, rank, world_size, config.data.num_workers, even=True

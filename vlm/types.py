@@ -61,6 +61,21 @@ class Question:
     counts: bool = True  # False: answered for other scores' sake, but in no accuracy (GQA's unbalanced questions)
 
 
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """An example that cannot be read, and where it lies."""
+
+    shard: str  # a path or URL
+    position: int  # on the hash ring of its shard folder
+    member: str  # as the tar calls it; empty where that cannot be read either
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.shard}: example {self.position}{f', member {self.member!r},' if self.member else ''} {self.reason}"
+        )
+
+
 @dataclass(slots=True)
 class Batch:
     """Tensors of one micro-batch. Pixels stay bytes until they are on the device.
@@ -76,6 +91,7 @@ class Batch:
     label_tokens: Bool[Tensor, "b labels l"] | None = None  # True at the tokens of each label; only where asked for
     targets: Float[Tensor, "b k"] | Int[Tensor, " b"] | None = None
     sources: tuple[Source, ...] = ()  # one a text
+    damages: tuple[Damage, ...] = ()  # examples that others stand in for
     images_per_text: int = 1  # 2 for NLVR2, whose images lie as (first images, second images) along b
 
 

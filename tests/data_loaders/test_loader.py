@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import pickle
 import struct
 import zlib
 from collections import Counter
@@ -29,7 +30,7 @@ from data_loaders.images import (
 )
 from data_loaders.loader import BatchSource, TrainOrder, evaluation_loader, step_seed, train_loader
 from data_loaders.shards import ShardReader, write_shards
-from data_loaders.transforms import ImageTransform
+from data_loaders.transforms import Decode, ImageTransform
 from vlm.errors import UserError
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.supervision import CaptionsConfig, ClassNamesConfig
@@ -175,6 +176,19 @@ def test_even_evaluation_gives_every_rank_as_many_batches(texts: TextBatches, wo
     assert len(counts) == COUNT
     assert sum(counts.values()) - COUNT < world_size  # as few repeats as can be
     assert max(counts.values()) <= 2
+
+
+def test_evaluation_gives_the_same_batches_from_a_worker(reader: ShardReader, tokenizer: Tokenizer) -> None:
+    """Of questions too, whose targets a task makes."""
+    asked = [Question(str(n), f"a {color} picture", (color,), (color,)) for n, color in enumerate(COLORS)]
+    images = DecodedImages(reader, ImageTransform(4))
+    source = QuestionBatches(asked, images, tokenizer, one_answer, len(COLORS), False)
+    alone, one = (list(evaluation_loader(source, SIZE, num_workers=number)) for number in (0, 1))
+    assert_same(alone, one)
+
+
+def one_answer(question: Question) -> dict[int, float]:
+    return {COLORS.index(question.answers[0]): 1.0}
 
 
 def test_evaluation_keeps_the_order_of_the_source(texts: TextBatches) -> None:
@@ -399,3 +413,98 @@ def test_augmentation_draws_from_torchs_generator() -> None:
     assert torch.equal(results[0], results[1])
     assert any(not torch.equal(results[0], result) for result in results[2:])
     assert all((result.shape, result.dtype) == ((3, 16, 16), torch.uint8) for result in results)
+
+
+# --- Decoding at reduced scale ---------------------------------------------------------------------------------------
+
+
+def photo(width: int, height: int, **options: object) -> bytes:
+    """A JPEG with soft and sharp places, as photos have them."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((width, height))
+    sharp = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)).resize((width, height))
+    data = io.BytesIO()
+    Image.blend(coarse, sharp, 0.2).save(data, "JPEG", quality=90, **options)
+    return data.getvalue()
+
+
+def gaps(data: bytes, pixels: int, interpolation: str = "bicubic") -> Tensor:
+    """How many levels the reduced pixels lie from the exact ones."""
+    reduced, exact = (ImageTransform(pixels, interpolation, decode=decode) for decode in DECODES)
+    return (reduced(data).float() - exact(data).float()).abs()
+
+
+DECODES: tuple[Decode, ...] = ("reduced", "exact")
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("shape", [(400, 300), (333, 517), (801, 799), (100, 640)])
+def test_reduced_decoding_is_close_to_exact_decoding(shape: tuple[int, int], interpolation: str) -> None:
+    """Sides that no scale divides too: pixels are not shifted."""
+    difference = gaps(photo(*shape), 64, interpolation)
+    assert difference.mean() < 1.5 and difference.max() < 20
+    assert difference[:, :, -4:].mean() < 2 and difference[:, -4:].mean() < 2
+
+
+def test_a_jpeg_that_no_scale_fits_is_decoded_whole() -> None:
+    difference = gaps(photo(100, 80), 64)
+    assert difference.mean() < 0.1 and difference.max() <= 1
+
+
+def test_exact_decoding_is_pillows_and_so_is_all_that_is_no_jpeg() -> None:
+    data = photo(400, 300)
+    picture = Image.open(io.BytesIO(data))
+    exact = ImageTransform(64, decode="exact")(data)
+    assert torch.equal(exact, ImageTransform(64)(picture))  # a picture that is decoded already
+    for kind in ("PNG", "WEBP"):
+        other = encoded(picture, kind)
+        assert torch.equal(*(ImageTransform(64, decode=decode)(other) for decode in DECODES))
+
+
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}, {"optimize": True}])
+def test_jpegs_of_every_kind_are_decoded_at_reduced_scale(options: dict[str, object]) -> None:
+    difference = gaps(photo(640, 480, **options), 64)
+    assert 0 < difference.mean() < 1.5
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_colors_that_are_not_rgb_come_out_alike(mode: str) -> None:
+    data = encoded(Image.open(io.BytesIO(photo(640, 480))).convert(mode), "JPEG")
+    assert gaps(data, 64).mean() < 1.5
+
+
+def test_orientation_is_left_as_it_is_stored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    assert gaps(photo(640, 480, exif=exif), 64).mean() < 1.5
+
+
+def test_both_ways_refuse_and_accept_the_same_jpegs() -> None:
+    """Bytes that the fast decoder only warns of are for Pillow to judge."""
+    whole = photo(640, 480)
+    stray = whole[:2] + b"\0\0\0" + whole[2:]
+    for data in (whole[:-9], whole + b"trailing", stray, whole[: len(whole) // 2], whole[:300], b"\xff\xd8\xff"):
+        outcomes = []
+        for decode in DECODES:
+            try:
+                outcomes.append(ImageTransform(64, decode=decode)(data, "some-key").float().mean())
+            except UserError as error:
+                outcomes.append(str(error))
+        assert type(outcomes[0]) is type(outcomes[1])
+        if isinstance(outcomes[0], str):
+            assert outcomes[0] == outcomes[1]
+
+
+def test_a_jpeg_that_claims_too_many_pixels_is_refused_before_it_is_decoded() -> None:
+    data = bytearray(photo(16, 16))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", 14_000, 12_000)
+    with pytest.raises(UserError, match=r"^big: 12000 x 14000 pixels is over the limit of 64,000,000$"):
+        ImageTransform(4)(bytes(data), "big")
+
+
+def test_a_transform_can_be_handed_to_a_worker() -> None:
+    data = photo(400, 300)
+    transform = ImageTransform(64)
+    expected = transform(data)
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(data), expected)

@@ -296,7 +296,7 @@ def read_all(index: Index) -> list[Record]:
 def test_a_truncated_shard_is_an_error_that_names_it(folder: Path, keep: int) -> None:
     file = folder / "00001.tar"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ShardError, match=rf"^{re.escape(str(file))}: truncated, example \d ends early"):
+    with pytest.raises(ShardError, match=rf"^{re.escape(str(file))}: example \d.* ends early: the shard is truncated"):
         read_all(open_index(folder))
 
 
@@ -315,5 +315,5 @@ def test_damaged_metadata_is_an_error_that_names_its_shard(folder: Path, metadat
     data[start : start + size] = b" " * size
     data[start : start + min(size, len(metadata))] = metadata[:size]
     file.write_bytes(bytes(data))
-    with pytest.raises(ShardError, match=r"00000\.tar: example 0 is damaged"):
+    with pytest.raises(ShardError, match=r"00000\.tar: example 0, member '.*\.json', is damaged"):
         ShardReader(index)[0]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import random
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_loaders.shards import ring_hash
-from vlm.supervision.subset import RING, window
+from vlm.supervision.subset import RING, Window, window
 
 FRACTIONS = (0.0, 0.001, 0.01, 0.05, 0.3, 0.5, 0.999, 1.0)
 
@@ -34,8 +35,8 @@ def test_fraction_windows_are_nested(seed: int) -> None:
 @pytest.mark.parametrize("count", [0, 1, 7, 1000])
 def test_a_window_holds_exactly_its_fraction_without_repeats(fraction: float, count: int) -> None:
     chosen = window(make_hashes(count), fraction, 3)
-    assert len(chosen) == len(set(chosen.tolist())) == round(fraction * count)
-    assert set(chosen.tolist()) <= set(range(count))
+    assert len(chosen) == len(set(chosen)) == round(fraction * count)
+    assert set(chosen) <= set(range(count))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -79,3 +80,21 @@ def test_the_seed_names_a_place_on_the_ring_whatever_the_data() -> None:
 def test_a_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\]\. Got"):
         window(make_hashes(), fraction, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_window_is_the_array_of_its_positions(seed: int) -> None:
+    """However it is read: one by one, in slices, as an array; over the end of the ring too."""
+    for fraction in (0.0, 0.3, 1.0):
+        chosen = window(make_hashes(100), fraction, seed)
+        array = np.asarray(chosen)
+        assert list(chosen) == array.tolist() == [chosen[at] for at in range(len(chosen))]
+        for part in (slice(3, 9), slice(None, None, 2), slice(None, -4), slice(5, 2)):
+            assert list(chosen[part]) == array[part].tolist()
+        with pytest.raises(IndexError):
+            chosen[len(chosen)]
+
+
+def test_a_window_of_any_size_is_three_numbers() -> None:
+    chosen = Window(3, 3_000_000, 3_300_000)
+    assert len(pickle.dumps(chosen)) < 200

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, T
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vlm.errors import UserError
+from vlm.training.damage import DamagedExamples
 
 if TYPE_CHECKING:
     from vlm.run import RunConfig
@@ -57,7 +58,7 @@ def build_trainer(config: RunConfig, num_steps: int) -> lightning.Trainer:
     precision = options.precision
     if precision == "auto":
         precision = "bf16-mixed" if torch.cuda.is_available() and options.accelerator != "cpu" else "32-true"
-    callbacks: list[Callback] = []
+    callbacks: list[Callback] = [DamagedExamples(folder)] if config.data.damaged == "skip" else []
     if options.select == "best":
         monitor, mode = ("validation/loss", "min") if config.task is None else ("validation/accuracy", "max")
         callbacks.append(
