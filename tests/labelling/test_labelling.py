@@ -136,7 +136,19 @@ def test_a_damaged_image_stops_or_is_named_and_left_without_labels(tmp_path: Pat
     label_shards(job(tmp_path / "pairs", damaged="skip"), tmp_path / "labels", locally, console, progress=False)
     labelled = labels_in(tmp_path / "labels")
     assert len(labelled) == 6 and labelled["torn"].labels == () and all(labelled[f"grey-{n}"].labels for n in range(5))
-    assert "1 images that cannot be decoded" in told.getvalue() and "00000.tar: torn" in told.getvalue()
+    assert "1 images that cannot be read" in told.getvalue() and "00000.tar: torn" in told.getvalue()
+
+
+def test_a_truncated_shard_stops_or_costs_what_it_lacks(shards: Path, tmp_path: Path) -> None:
+    file = shards / "00003.tar"
+    file.write_bytes(file.read_bytes()[:3000])  # one example of four is whole, of another the picture is gone
+    with pytest.raises(UserError, match=r"00003\.tar: .*damaged=skip"):
+        run(job(shards), tmp_path / "labels")
+    told = io.StringIO()
+    label_shards(job(shards, damaged="skip"), tmp_path / "labels", locally, Console(file=told, width=300), False)
+    labelled = labels_in(tmp_path / "labels")
+    assert len(labelled) == 19 and sum(not record.labels for record in labelled.values()) == 1
+    assert "3 images that cannot be read" in told.getvalue() and told.getvalue().count("00003.tar") == 3
 
 
 # --- The models ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_loaders.decoding import ImageError, decode_image
 from data_loaders.progress import progress_bar
-from data_loaders.shards import Index, ShardReader, open_index, write_ordered_shards
+from data_loaders.shards import DamagedError, Index, ShardReader, open_index, write_ordered_shards
 from vlm.errors import UserError
 from vlm.labelling import LabellingConfig
 from vlm.labelling.labellers import Labeller, read_vocabulary
@@ -124,10 +124,10 @@ class Worker:
             multiprocessing_context="spawn" if self.config.num_workers else None,
         )
         lines: list[str] = []
-        for place, (keys, pixels, damaged) in enumerate(loader):
-            scores = iter(self._scores(pixels).tolist() if pixels is not None else ())
-            for key in keys:
-                row = self._row(key, None if key in damaged else next(scores), damaged.get(key))
+        for place, (images, pixels) in enumerate(loader):
+            labelled = iter(self._labelled(pixels) if pixels is not None else ())
+            for key, problem in images:
+                row = {"key": key} | (next(labelled) if problem is None else {"damaged": problem})
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
             if place in batches.last_of_shard:
                 yield batches.last_of_shard[place], "".join(lines)
@@ -148,17 +148,24 @@ class Worker:
         merged = torch.zeros(len(scores), len(self.names))
         return merged.index_reduce(1, columns, scores, "amax") if not shares else merged.index_add(1, columns, scores)
 
-    def _row(self, key: str, scores: list[float] | None, problem: str | None) -> dict[str, Any]:
-        if scores is None:
-            return {"key": key, "damaged": problem}
-        rounded = [round(min(score, 1.0), DIGITS) for score in scores]
-        best = sorted(range(len(rounded)), key=lambda at: (-rounded[at], at))[: self.config.max_labels]
-        chosen = [at for at in best if rounded[at] >= self.config.min_score]
-        return {"key": key, "labels": [self.names[at] for at in chosen], "scores": [rounded[at] for at in chosen]}
+    def _labelled(self, pixels: Float[Tensor, "b 3 h w"]) -> Iterator[dict[str, Any]]:
+        """The best labels of each image with their scores; of equal ones the first of the vocabulary."""
+        scores = self._scores(pixels)
+        num_labels = scores.shape[1]
+        units = (scores.clamp(0, 1).double() * 10**DIGITS).round().long()
+        ranks = units * num_labels + torch.arange(num_labels - 1, -1, -1)  # no two alike
+        for row in ranks.topk(min(self.config.max_labels, num_labels)).values.tolist():
+            best = [(num_labels - 1 - rank % num_labels, rank // num_labels / 10**DIGITS) for rank in row]
+            best = [(at, score) for at, score in best if score >= self.config.min_score]
+            yield {"labels": [self.names[at] for at, _ in best], "scores": [score for _, score in best]}
 
 
-class _Batches(Dataset[tuple[list[str], Tensor | None, dict[str, str]]]):
-    """The images of some shards, decoded batch by batch: keys, pixels of those that decode, why the others do not."""
+Decoded = tuple[list[tuple[str | None, str | None]], Tensor | None]
+"""The key of each image and what is wrong with it, if anything is; and the pixels of those with which nothing is."""
+
+
+class _Batches(Dataset[Decoded]):
+    """The images of some shards, decoded batch by batch."""
 
     def __init__(
         self, index: Index, numbers: Sequence[int], transform: Callable[[Any], Tensor], config: LabellingConfig
@@ -175,18 +182,20 @@ class _Batches(Dataset[tuple[list[str], Tensor | None, dict[str, str]]]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> tuple[list[str], Tensor | None, dict[str, str]]:
-        keys, pixels, damaged = [], [], {}
+    def __getitem__(self, number: int) -> Decoded:
+        images: list[tuple[str | None, str | None]] = []
+        pixels = []
         for position in self.batches[number]:
-            record = self.reader[position]
-            keys.append(record.key)
+            key, problem = None, None
             try:
-                pixels.append(self.transform(decode_image(record.image, self._place(position, record.key))))
-            except ImageError as error:
+                key = self.reader.text(position).key
+                pixels.append(self.transform(decode_image(self.reader.image(position), self._place(position, key))))
+            except (ImageError, DamagedError) as error:
+                problem = str(error)
                 if self.config.damaged == "stop":
-                    raise UserError(f"{error}. Prepare it again, or leave it without labels: damaged=skip") from None
-                damaged[record.key] = str(error)
-        return keys, torch.stack(pixels) if pixels else None, damaged
+                    raise UserError(f"{problem}. Prepare it again, or go on without it: damaged=skip") from None
+            images.append((key, problem))
+        return images, torch.stack(pixels) if pixels else None
 
     def _place(self, position: int, key: str) -> str:
         index = self.reader.index
@@ -235,13 +244,15 @@ def _records(partial: Path, numbers: Iterable[int], totals: Totals) -> Iterator[
             for line in lines:
                 row = json.loads(line)
                 labels, scores = tuple(row.get("labels", ())), tuple(row.get("scores", ()))
+                if "damaged" in row:
+                    totals.damaged.append(row["damaged"])
+                if row["key"] is None:  # not even that can be read
+                    continue
                 totals.images += 1
                 totals.without_label += not labels
                 totals.labels.update(labels)
                 for label, score in zip(labels, scores, strict=True):
                     totals.scores[label] += score
-                if "damaged" in row:
-                    totals.damaged.append(row["damaged"])
                 yield Record(row["key"], labels=labels, scores=scores)
 
 
@@ -259,7 +270,7 @@ def _show(console: Console, totals: Totals, to: Path) -> None:
     if totals.without_label:
         console.print(f"{totals.without_label:,} images without a label")
     if totals.damaged:
-        console.print(f"{len(totals.damaged):,} images that cannot be decoded:", style="bold")
+        console.print(f"{len(totals.damaged):,} images that cannot be read:", style="bold")
         for problem in totals.damaged:
             console.print(problem, markup=False, highlight=False, soft_wrap=True)
     console.print(f"labels  {to}", highlight=False, soft_wrap=True)
