@@ -206,7 +206,11 @@ def _captions(row: Row) -> tuple[str, ...]:
 def of_split(path: Path, split: Split) -> Path:
     """The part of a path that speaks of this split: the folder `path/split` where there is one, else all of it."""
     inside = path / split
-    return inside if inside.is_dir() and not (path / "index.json").is_file() else path
+    if not path.is_dir() or (path / "index.json").is_file():
+        return path
+    if not inside.is_dir():
+        raise UserError(f"{path}: holds no side shards, and no folder {split} of them. Write them to {inside}")
+    return inside
 
 
 def open_beside(
@@ -235,7 +239,10 @@ def _require(
     if len(lacking):
         first, folder = reader.text(int(lacking[0])).key, reader.index.folder
         counts = f"{len(lacking):,} of {len(positions):,} examples of {folder}, {first!r} the first"
-        raise UserError(f"{path}: says nothing of {counts}. Complete it, or set {remedy}")
+        raise UserError(
+            f"{path}: says nothing of {counts}. Complete it (side shards of both splits lie in folders train and "
+            f"validation), or set {remedy}"
+        )
 
 
 def content_fingerprint(path: Path) -> str:

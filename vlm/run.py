@@ -565,7 +565,7 @@ def _fit(
         trainer.fit(module, loader, held_out, ckpt_path=last if last.is_file() else None, weights_only=True)
     except SystemExit:  # Lightning's answer to ctrl-C
         raise KeyboardInterrupt from None
-    metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items() if value.isfinite()}
     best = folder / BEST
     return {
         "steps": module.num_steps,

@@ -102,15 +102,17 @@ def test_an_interrupted_labelling_continues_to_the_same_files(shards: Path, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels", "pairs", "undisturbed"]
 
 
-def test_what_was_begun_in_another_way_is_not_continued(shards: Path, tmp_path: Path) -> None:
+def test_what_was_begun_in_another_way_is_neither_continued_nor_removed(shards: Path, tmp_path: Path) -> None:
     def stops(wanted: Job, numbers: Sequence[int]) -> Iterator[Outcome]:
         yield next(locally(wanted, numbers))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(job(shards, max_labels=1), tmp_path / "labels", stops)
-    run(job(shards), tmp_path / "labels")
-    assert files_in(tmp_path / "labels") == files_in(run(job(shards), tmp_path / "undisturbed"))
+    with pytest.raises(UserError, match=r"\.labels-partial: was begun with other images, weights, labels or settings"):
+        run(job(shards), tmp_path / "labels")
+    run(job(shards, max_labels=1, batch_size=5), tmp_path / "labels")  # which changes no label
+    assert files_in(tmp_path / "labels") == files_in(run(job(shards, max_labels=1), tmp_path / "undisturbed"))
 
 
 def test_finished_labels_are_made_once_and_never_replaced(shards: Path, tmp_path: Path) -> None:
@@ -178,6 +180,21 @@ def test_a_timm_labeller_scores_as_the_model_itself(weights: Path) -> None:
     assert TimmLabeller(MODEL, str(weights), "softmax", None).labels[134] == "crane"  # timm knows ImageNet's names
     with pytest.raises(UserError, match="has 1000 classes, and the vocabulary 2 labels"):
         TimmLabeller(MODEL, str(weights), "softmax", ("cat", "dog"))
+
+
+def test_other_weights_in_the_same_file_are_another_model(shards: Path, tmp_path: Path, weights: Path) -> None:
+    vocabulary = tmp_path / "words.txt"
+    vocabulary.write_text("".join(f"class {number}\n" for number in range(1000)))
+    file = tmp_path / "weights.pth"
+    states = torch.load(weights, weights_only=True)
+    torch.save(states, file)
+    wanted = job(shards, {"type": "timm", "name": MODEL, "weights": str(file)}, vocabulary=vocabulary)
+    run(wanted, tmp_path / "labels")
+    made_by = open_index(tmp_path / "labels").made_by
+    assert made_by["model"].startswith("file:") and made_by["model"].endswith(f"(timm:{MODEL})")
+    torch.save({name: value * 2 for name, value in states.items()}, file)
+    with pytest.raises(UserError, match="labels: is there, and was made in another way"):
+        run(wanted, tmp_path / "labels")
 
 
 def test_classes_of_one_name_are_one_label(shards: Path, tmp_path: Path) -> None:

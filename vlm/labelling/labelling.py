@@ -25,6 +25,7 @@ from data_loaders.shards import DamagedError, Index, ShardReader, open_index, wr
 from vlm.errors import UserError
 from vlm.labelling import LabellingConfig
 from vlm.labelling.labellers import Labeller, read_vocabulary
+from vlm.models.vision.timm import PACKAGE
 from vlm.run import write_atomically
 from vlm.types import Record
 
@@ -65,7 +66,7 @@ def label_shards(job: Job, to: Path, launch: Launch, console: Console, progress:
     """Label every image of `job.shards` and write the side shards `to`, which appear whole or not at all.
 
     Finished shards wait beside `to`, in `.NAME-partial`: the same command continues after any interruption. What was
-    begun with other images, another vocabulary or other settings is not continued.
+    begun with other images, weights, labels or settings is neither continued nor removed.
     """
     index = open_index(job.shards)
     config = _with_vocabulary(job.config)
@@ -76,12 +77,14 @@ def label_shards(job: Job, to: Path, launch: Launch, console: Console, progress:
             return to
         raise UserError(f"{to}: is there, and was made in another way. Give another folder with --to, or remove it")
     partial = to.with_name(f".{to.name}-partial")
-    if not _continues(partial, made_by):
-        if partial.is_dir():
-            console.print(f"{partial}: was begun in another way, and is begun anew", soft_wrap=True)
-            shutil.rmtree(partial)
+    if not partial.is_dir():
         partial.mkdir(parents=True)
         write_atomically(partial / JOB, json.dumps(made_by))
+    elif not _continues(partial, made_by):
+        raise UserError(
+            f"{partial}: was begun with other images, weights, labels or settings. Give another folder with --to, or "
+            "remove it to begin anew"
+        )
     numbers = [number for number, shard in enumerate(index.shards) if shard["examples"]]
     missing = [number for number in numbers if not _part(partial, number).is_file()]
     sizes = {number: int(index.shards[number]["examples"]) for number in numbers}
@@ -211,19 +214,39 @@ def _with_vocabulary(config: LabellingConfig) -> LabellingConfig:
 
 
 def _made_by(job: Job, index: Index) -> dict[str, Any]:
-    """Who made the labels, of what and how: what `Index.made_by` of the side shards holds."""
+    """Who made the labels, of what and how: what `Index.made_by` of the side shards holds.
+
+    Whatever changes a label is in it, the content of weights and vocabulary too; what only changes the work is not.
+    """
     labeller = job.config.labeller
     name = getattr(labeller, "name", None) or getattr(labeller, "target", "")
+    model, content = f"{labeller.type}:{name}", None
+    weights = getattr(labeller, "weights", None)
+    if weights is not None and not str(weights).startswith(PACKAGE):
+        content = _digest(Path(weights))
+        model = f"file:{content} ({model})"  # what a file has seen, its architecture's name does not tell
+    elif weights is not None:
+        model = str(weights)
     vocabulary = read_vocabulary(job.config.vocabulary) if job.config.vocabulary is not None else None
     digest = hashlib.sha256("\n".join(vocabulary).encode()).hexdigest()[:12] if vocabulary else None
-    settings = job.config.model_dump(mode="json", exclude={"vocabulary", "num_workers", "damaged"})
+    settings = job.config.model_dump(mode="json", exclude={"vocabulary", "num_workers", "damaged", "batch_size"})
+    if content is not None:
+        settings["labeller"]["weights"] = content
     return {
         "format": FORMAT,
-        "model": f"{labeller.type}:{name}",
+        "model": model,
         "vocabulary": {"labels": len(vocabulary), "sha256": digest} if vocabulary else None,
         "of": index.fingerprint,
         "settings": settings,
     }
+
+
+def _digest(file: Path) -> str:
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()[:12]
+    except OSError as error:
+        raise UserError(f"{file}: no such weights file ({error.strerror})") from None
 
 
 def _continues(partial: Path, made_by: dict[str, Any]) -> bool:

@@ -35,6 +35,8 @@ class MaskedLanguageConfig(Config):
     def _labels_need_images(self) -> MaskedLanguageConfig:
         if self.masking == "whole_label" and not self.with_image:
             raise ValueError("masking=whole_label is for labels of images; unpaired texts are no lists of labels")
+        if self.label_masking == "released" and self.masking == "token":
+            raise ValueError("label_masking=released says how whole labels are masked. Give masking=whole_label too")
         return self
 
     def build(self, model: VisionLanguageModel, tokenizer: Tokenizer, classes: tuple[str, ...]) -> Objective:

@@ -19,8 +19,8 @@ from vlm.types import Batch, Loss, Source
 class Pretraining(TrainingModule):
     """Sums the weighted objectives. Unimodal pretraining is the same module with unimodal objectives.
 
-    `is_mixture`: the texts come from several sources, and the logs tell them apart: `train/share/machine`,
-    `train/matching/loss/machine` and so on.
+    The logs say where the texts of a step come from (`train/share/machine`). `is_mixture`: from several sources, whose
+    losses are told apart too (`train/matching/loss/machine`). An objective without anything to predict has no entry.
     """
 
     def __init__(
@@ -38,10 +38,11 @@ class Pretraining(TrainingModule):
         self.objectives = nn.ModuleDict(dict(objectives))
         self.weights = dict(weights)
 
-    def losses_of(self, batch: Batch, by_source: bool = False) -> dict[str, Tensor]:
+    def losses_of(self, batch: Batch, by_source: bool = False, training: bool = False) -> dict[str, Tensor]:
         """Every objective's loss and figures by name, and `loss`, the weighted sum.
 
-        `by_source` adds those figures for each source that the batch holds, and the source's share of its texts.
+        `by_source` adds those figures for each source that the batch holds. While `training` an objective without
+        anything to predict is left out; else it is 0, so that all ranks have the same names, and weighs nothing.
         """
         views = {name: objective.view(batch) for name, objective in self._named()}
         encoded = self.model.encode(batch.image, list(views.values()))
@@ -49,19 +50,20 @@ class Pretraining(TrainingModule):
         total = torch.zeros((), device=self.device)
         for (name, objective), states in zip(self._named(), encoded, strict=True):
             loss = objective.loss(views[name], states)
-            values[f"{name}/loss"] = loss.value
-            values |= {f"{name}/{figure}": value for figure, value in loss.figures.items()}
+            if loss.count or not training:
+                values[f"{name}/loss"] = loss.value
+                values |= {f"{name}/{figure}": value for figure, value in loss.figures.items()}
             if by_source:
                 values |= _by_source(name, loss, batch)
             total = total + self.weights[name] * loss.value
-        if by_source:
-            num_texts = max(len(batch.sources), 1)
-            values |= {f"share/{s}": total.new_tensor(batch.sources.count(s) / num_texts) for s in get_args(Source)}
         return values | {"loss": total}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        values = self.losses_of(batch, by_source=self.is_mixture and is_logged)
+        values = self.losses_of(batch, by_source=self.is_mixture and is_logged, training=True)
+        if is_logged and batch.sources:
+            shares = {source: batch.sources.count(source) / len(batch.sources) for source in get_args(Source)}
+            values |= {f"share/{source}": values["loss"].new_tensor(share) for source, share in shares.items()}
         self.log_train({name: value.detach() for name, value in values.items()}, len(batch.keys))
         return values["loss"]
 
@@ -71,7 +73,8 @@ class Pretraining(TrainingModule):
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(step_seed(self.seed, number, "validation"))
             values = self.losses_of(batch)
-        size = len(batch.keys)
+        num_texts = sum(source != "none" for source in batch.sources)
+        size = num_texts if batch.sources else len(batch.keys)
         self.log_dict({f"validation/{n}": value for n, value in values.items()}, batch_size=size, sync_dist=True)
 
     def _named(self) -> list[tuple[str, Objective]]:
