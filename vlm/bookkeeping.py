@@ -21,6 +21,7 @@ from vlm.supervision import (
     SourceConfig,
 )
 from vlm.supervision.ledger import (
+    COMPONENTS,
     LEARNERS,
     LEDGER,
     Component,
@@ -68,18 +69,31 @@ def ledger_of(
 
 
 def write_ledger(config: RunConfig, root: Path, num_questions: int | None = None) -> None:
-    """The run's ledger into its folder and its TensorBoard, once."""
+    """The run's ledger into its folder and its TensorBoard, once, and again where other declarations are made."""
     from torch.utils.tensorboard import SummaryWriter
 
     file = config.run_folder / LEDGER
-    if file.is_file() or int(os.environ.get("LOCAL_RANK", 0)) != 0:
+    declared = config.declared.model_dump(exclude_none=True)
+    if int(os.environ.get("LOCAL_RANK", 0)) != 0:
         return
+    if file.is_file():
+        read_ledger(file)
+        if json.loads(file.read_text(encoding="utf-8")).get("declared", {}) == declared:
+            return
     ledger = ledger_of(config, root, num_questions)
     with SummaryWriter(str(config.run_folder)) as writer:
         writer.add_text("ledger", ledger.markdown())
         for name, number in ledger.scalars().items():
             writer.add_scalar(f"ledger/{name}", number)
-    write_atomically(file, ledger.text())
+    write_atomically(file, ledger.text(declared))
+
+
+def complete_ledger(config: RunConfig) -> None:
+    """Of a finished run: a ledger where none is, or where it was counted with other declarations."""
+    root = prepared_root(config)
+    if root is not None:
+        result = json.loads((config.run_folder / RESULT).read_text())
+        write_ledger(config, root, result.get("examples") if config.task is not None else None)
 
 
 def ledger_of_run(run: Path) -> Ledger:
@@ -112,17 +126,32 @@ def _trained(config: RunConfig) -> list[Component]:
 def _inherited(config: RunConfig) -> Ledger:
     """What the components have seen before this run: from the run it starts from, or with their encoders' weights."""
     if config.start_from is not None:
-        return ledger_of_run(config.start_from)
+        return _declared_over(config, ledger_of_run(config.start_from))
     encoders: tuple[Component, ...] = ("vision", "language")
     return Ledger({name: _encoder(name, config) for name in encoders})
+
+
+def _declared_over(config: RunConfig, ledger: Ledger) -> Ledger:
+    """Declarations in place of what was unknown of pairs and labelled images."""
+    seen = dict(ledger.seen)
+    for name in COMPONENTS:
+        said = getattr(config.declared, name, None)
+        entries = seen.get(name, ())
+        unknown = [one for one in entries if one.count is None and one.kind in ("pairs", "labelled_images")]
+        if said is not None and unknown:
+            kept = tuple(one for one in entries if one not in unknown)
+            seen[name] = (*kept, *declared_entries(name, said, unknown[0].data))
+    return Ledger(seen)
 
 
 def _encoder(name: Component, config: RunConfig) -> tuple[Entry, ...]:
     encoder, declared = getattr(config.model, name), getattr(config.declared, name)
     run, weights = weights_of_run(encoder), getattr(encoder, "weights", None)
     pretrained = getattr(encoder, "pretrained", True)
+    tag = f"/{pretrained}" if isinstance(pretrained, str) else ""
+    model = f"{encoder.type}:{getattr(encoder, 'name', None) or getattr(encoder, 'target', '')}{tag}"
     if declared is not None:
-        return declared_entries(name, declared)
+        return declared_entries(name, declared, _identity(weights) if weights is not None else model)
     if run is not None:
         return ledger_of_run(run).seen.get(name, ())
     if encoder.type == "tiny" or not pretrained:
@@ -130,8 +159,15 @@ def _encoder(name: Component, config: RunConfig) -> tuple[Entry, ...]:
     if weights is not None:
         is_package = str(weights).startswith("package:")
         return model_entries(name, str(weights)) if is_package else unknown_entries(name, str(weights))
-    tag = f"/{pretrained}" if isinstance(pretrained, str) else ""
-    return model_entries(name, f"{encoder.type}:{getattr(encoder, 'name', None) or encoder.target}{tag}")
+    return model_entries(name, model)
+
+
+def _identity(path: Any) -> str:
+    """A file or folder by its name, and by its content where it is there."""
+    from data_loaders.beside import content_fingerprint
+
+    there = Path(path).is_file() or (Path(path) / "index.json").is_file()
+    return f"{path} {content_fingerprint(Path(path))}" if there else str(path)
 
 
 def _texts(root: Path | None) -> Entry:
@@ -151,16 +187,17 @@ def _images(config: RunConfig, root: Path | None) -> list[Entry]:
 
 
 def _pairs(config: RunConfig, root: Path | None, max_read: int | None) -> list[Entry]:
-    """The supervised examples by what their texts are. One source's texts are taken to be all of its kind."""
+    """The supervised examples by what their texts are. A record may lack what a source shows, so all are read."""
     certain = [_kind_of(source) for source in config.supervision.drawn]
     kinds: list[Kind] = [kind for kind in dict.fromkeys(certain) if kind is not None]
     if root is None:
         return [Entry(kind, "data", None, UNPREPARED) for kind in kinds or ["pairs"]]
     reader, chosen = _chosen(config, root, "pairs/train")
-    if len(kinds) == 1 and None not in certain:
+    is_fetched = config.data.is_remote and kinds == ["pairs"]  # nobody fetches all shards to count captions
+    if None not in certain and (kinds == ["images"] or is_fetched):
         return _entries(reader, {kinds[0]: chosen})
     if max_read is not None and len(chosen) > max_read:
-        note = "counted when the run starts"
+        note = f"at most {len(chosen):,}"
         return [Entry(kind, reader.index.fingerprint, None, note) for kind in kinds or ["pairs"]]
     return _entries(reader, _by_reading(config, reader, chosen))
 
@@ -240,9 +277,13 @@ def _adviser(
     from data_loaders.shards import open_index
 
     if declared is not None:
-        return declared_entries(name, declared)
+        return declared_entries(name, declared, _identity(path) if path is not None else "")
     if path is None and not isinstance(config.data, FolderData):
         return ()  # no model made them: a program with errors of its own, or people's tags
     folder: Any = of_split(path, "train") if path is not None else root and root / "pairs" / "train"
     made_by = open_index(folder).made_by if folder and (folder / "index.json").is_file() else {}
-    return maker_entries(name, made_by) if made_by else unknown_entries(name, f"who made {path or 'the labels'}")
+    return (
+        maker_entries(name, made_by, _identity(folder))
+        if made_by
+        else unknown_entries(name, f"who made {path or 'the labels'}")
+    )

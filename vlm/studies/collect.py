@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm.bookkeeping import ledger_of_run
 from vlm.config import CustomConfig
-from vlm.run import RESULT, write_atomically
+from vlm.run import CONFIG, RESULT, write_atomically
 from vlm.studies.plan import Job
 from vlm.studies.statistics import estimate
 from vlm.supervision import NoneConfig, SupervisionConfig
-from vlm.supervision.ledger import LEDGER, read_ledger
+from vlm.supervision.ledger import LEDGER
 
 BASELINES = ("question_prior", "chance")
 """Scores that no model made. `chance` may stand under a prefix: "styles/chance" belongs to the scores "styles/..."."""
@@ -154,11 +155,10 @@ def _is_variant(label: str) -> bool:
 
 
 def _books(job: Job) -> dict[str, Any]:
-    """What a score says of its run's ledger; nothing for runs from before there were any."""
-    file = job.folder / LEDGER
-    if not file.is_file():
+    """What a score says of its run's ledger; counted from its config where it has none."""
+    if not any((job.folder / name).is_file() for name in (LEDGER, CONFIG)):
         return {}
-    ledger = read_ledger(file)
+    ledger = ledger_of_run(job.folder)
     own, pairs, labelled = ledger.count("pairs", ["fusion"]), ledger.count("pairs"), ledger.count("labelled_images")
     others = [f"{name} {'unknown' if seen.unknown else f'{seen.known:,}'}" for name, seen in ledger.others().items()]
     return {

@@ -78,6 +78,11 @@ class Line:
     variant: str
     points: tuple[tuple[float, Estimate], ...]
     is_flat: bool
+    seen: str = ""  # pairs behind it that its place does not show
+
+    @property
+    def legend(self) -> str:
+        return f"{self.name} ({self.seen})" if self.seen else self.name
 
     @property
     def name(self) -> str:
@@ -125,8 +130,17 @@ def lines(scores: Sequence[Score], panel: Panel) -> list[Line]:
                 first_point = next(iter(series.values()))[0]
                 name = ", ".join(filter(None, (variant, first_point if number else "")))
                 estimates = tuple((fraction, estimate(points[fraction])) for fraction in sorted(points))
-                found.append(Line(source, name, estimates, is_flat))
+                of_line = [score for score in of_variant if score.point in {point for point, _ in series.values()}]
+                found.append(Line(source, name, estimates, is_flat, _pairs_seen(of_line, is_flat)))
     return sorted(found, key=lambda line: line.is_flat)
+
+
+def _pairs_seen(scores: Sequence[Score], is_flat: bool) -> str:
+    """Who has seen pairs beyond the supervised ones behind these scores, else the supervised ones of a mixture."""
+    if elsewhere := seen_elsewhere(scores):
+        return f"pairs seen: {elsewhere}"
+    counts = {score.supervised_pairs for score in scores if "+" in score.source} - {None, 0}
+    return f"{counts.pop():,} pairs" if is_flat and len(counts) == 1 else ""
 
 
 def _series(scores: Sequence[Score], source: str) -> list[dict[float, tuple[str, list[float]]]]:
@@ -161,7 +175,7 @@ def warnings(scores: Sequence[Score]) -> list[str]:
     """Points that claim no image-text pairs while a component has seen some elsewhere: a CLIP tower, say."""
     by_others: dict[str, dict[str, None]] = {}
     for score in scores:
-        if score.supervised_pairs == 0 and score.others and not score.question_only:
+        if not score.supervised_pairs and score.others and not score.question_only:
             by_others.setdefault(score.others, {})[score.point or "all"] = None
     return [
         f"Warning: no image-text pairs are claimed for {', '.join(points)}, but others "
@@ -205,7 +219,7 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
             legend.setdefault(baseline.name, handle)
         for line in of_panel:
             handle = _draw_line(axes, line, scale, styles[line.source, line.variant])
-            legend.setdefault(line.name, handle)
+            legend.setdefault(line.legend, handle)
         scale.apply(axes)
         axes.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
         axes.margins(y=0.12)

@@ -28,6 +28,7 @@ from vlm.supervision.published import KINDS, Kind, published
 
 LEDGER = "ledger.json"
 FORMAT = 1
+MAX_EXAMPLES = 2**28  # of one folder, in a ledger that may be anyone's: a byte each while it is read
 MAX_RANGES = 32  # more are written as a compressed bit an example
 
 Component = Literal["fusion", "vision", "language", "labeller", "generator", "filter"]
@@ -85,6 +86,8 @@ class Positions:
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Positions:
         of = int(content["of"])
+        if not 0 <= of <= MAX_EXAMPLES:
+            raise ValueError(f"{of} examples in one folder")
         if "bits" in content:
             size = -(-of // 8)
             bits = zlib.decompressobj().decompress(
@@ -132,9 +135,10 @@ def count(entries: Iterable[Entry], kind: Kind) -> Count:
     known, unknown = 0, []
     for of_data in by_data.values():
         numbers = [entry.count for entry in of_data if entry.count is not None]
+        unknown += [entry.note or "unknown" for entry in of_data if entry.count is None]
         if not numbers:
-            unknown += [entry.note or "unknown" for entry in of_data]
             continue
+        of_data = [entry for entry in of_data if entry.count is not None]
         masks = [entry.positions.mask for entry in of_data if entry.positions is not None]
         same = len(masks) == len(of_data) and len({len(mask) for mask in masks}) == 1
         known += int(np.logical_or.reduce(masks).sum()) if same else max(numbers)
@@ -202,15 +206,18 @@ class Ledger:
                     found[f"{name}/{kind}"] = one.known
         return found
 
-    def text(self) -> str:
-        """What `ledger.json` holds: the counts for people, and the entries for whoever comes after."""
+    def text(self, declared: Mapping[str, Any] | None = None) -> str:
+        """What `ledger.json` holds: the counts for people, and the entries for whoever comes after.
+
+        `declared`: the declarations that it was counted with.
+        """
         distinct = {name: self._counts([name]) for name in self.components} | {"any": self._counts(COMPONENTS)}
         content = {
             "format": FORMAT,
             "distinct": distinct,
             "seen": {name: [_entry_content(entry) for entry in self.seen.get(name, ())] for name in self.components},
         }
-        return json.dumps(content, indent=1)
+        return json.dumps(content | ({"declared": declared} if declared else {}), indent=1)
 
     def _counts(self, components: Sequence[Component]) -> dict[str, Any]:
         counts = {kind: self.count(kind, components) for kind in KINDS}
@@ -250,9 +257,9 @@ def _read_entry(content: Mapping[str, Any]) -> Entry:
 # --- What models have seen before ------------------------------------------------------------------------------------
 
 
-def declared_entries(name: Component, seen: SeenConfig) -> tuple[Entry, ...]:
-    """What the user declares. What they leave out of pairs and labelled images stays unknown."""
-    return _given(f"declared for the {name}", seen.model_dump(), f"declared.{name}")
+def declared_entries(name: Component, seen: SeenConfig, model: str = "") -> tuple[Entry, ...]:
+    """What the user declares of this model. What they leave out of pairs and labelled images stays unknown."""
+    return _given(f"declared for the {name} {model}".rstrip(), seen.model_dump(), f"declared.{name}")
 
 
 def model_entries(name: Component, model: str) -> tuple[Entry, ...]:
@@ -263,7 +270,7 @@ def model_entries(name: Component, model: str) -> tuple[Entry, ...]:
     return tuple(Entry(one.kind, one.name, one.count, one.note) for one in sets)
 
 
-def maker_entries(name: Component, made_by: Mapping[str, Any]) -> tuple[Entry, ...]:
+def maker_entries(name: Component, made_by: Mapping[str, Any], made: str = "") -> tuple[Entry, ...]:
     """What the maker of side shards has seen: what `made_by` counts, else what its model's name tells."""
     model, seen = made_by.get("model"), made_by.get("seen")
     shown = model if isinstance(model, str) else f"the {name}"
@@ -272,7 +279,7 @@ def maker_entries(name: Component, made_by: Mapping[str, Any]) -> tuple[Entry, .
         by_kind = {
             one.kind: one.name for one in sets
         }  # a set that the model's own tower was trained on is the same one
-        entries = _given(shown, seen, f"declared.{name}")
+        entries = _given(f"{shown} {made}".rstrip() if not sets else shown, seen, f"declared.{name}")
         return tuple(replace(one, data=by_kind.get(one.kind, one.data)) for one in entries)
     return model_entries(name, model) if isinstance(model, str) else unknown_entries(name, shown)
 
