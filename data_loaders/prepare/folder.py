@@ -100,8 +100,8 @@ def prepare_folder(config: FolderPreparerConfig, options: Options) -> None:
         if not (table.text or table.tags or table.classes):
             raise UserError("table.text, table.tags, table.classes: name at least one column of what to learn from")
         tables = [table.file.as_posix()]
-        images = tuple(folder.path for folder in found if folder.images)
-        scans = [TableScan(options.source, table, config.validation_fraction, images)]
+        folders = tuple(folder.path for folder in found)
+        scans = [TableScan(options.source, table, config.validation_fraction, folders)]
     else:
         scans = [_scan(layout, options, part, (), config) for part in chunks([f.path for f in found if f.images])]
         if layout == "sidecars":
@@ -210,7 +210,7 @@ class TableScan:
     source: Path
     table: TableConfig
     validation_fraction: float
-    folders: tuple[str, ...]  # where images lie: one that appears there later begins the work anew
+    folders: tuple[str, ...]  # where images lie: one that changes there begins the work anew
 
     @property
     def path(self) -> Path:

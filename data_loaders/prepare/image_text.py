@@ -70,7 +70,7 @@ class Scan(Protocol):
 
     @property
     def inputs(self) -> Sequence[Path]:
-        """Files and folders that begin the preparation anew when they change; a folder by its names."""
+        """Files and folders that begin the preparation anew when they change; a folder with any file in it."""
         ...
 
     def pieces(self, report: Report, scratch: Path) -> Iterator[Piece]:
@@ -470,8 +470,26 @@ def _identity(plan: Plan, options: Options) -> dict[str, str]:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return (-1 if path.is_dir() else status.st_size), status.st_mtime_ns
+    """Size and time of a file. Of a folder the number of its files, and a digest of their names, sizes and times.
+
+    A folder's own time does not tell of a file that was written in place. Folders in it count where they are scanned.
+    """
+    if not path.is_dir():
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    number = total = 0
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                continue
+            try:
+                status = entry.stat()
+            except FileNotFoundError:  # a link to nothing
+                status = entry.stat(follow_symlinks=False)
+            state = f"{status.st_size} {status.st_mtime_ns} ".encode() + os.fsencode(entry.name)
+            number += 1
+            total += int.from_bytes(hashlib.sha256(state).digest()[:16], "big")  # a sum: entries come in any order
+    return number, total % 2**128
 
 
 def _digest(value: Any) -> str:

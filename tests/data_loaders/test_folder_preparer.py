@@ -187,3 +187,26 @@ def test_a_folder_that_holds_nothing_to_learn_from_says_what_is_expected(tmp_pat
             prepare(source, tmp_path / "root", layout="table", table=table)
     with pytest.raises(UserError, match=r"nowhere\.csv: no such file"):
         prepare(source, tmp_path / "root", table={"file": "nowhere.csv", "text": "text"})
+
+
+def test_a_file_that_was_mended_in_place_is_noticed(tmp_path: Path) -> None:
+    pictures: dict[str, bytes | str] = {"a/0.jpg": picture(0), "a/1.jpg": b"torn", "a/2.jpg": picture(2)}
+    source = write(tmp_path / "release", pictures | {"a/0.txt": "zero", "a/1.txt": "one", "a/2.txt": "two"})
+    with pytest.raises(UserError, match="1 of 3 images are missing or unreadable"):
+        prepare(source, tmp_path / "root")
+    write(source, {"a/1.jpg": picture(1)})
+    found = prepare(source, tmp_path / "root")
+    assert len(records(found / "train")) == 3
+    write(source, {"a/2.txt": "three"})
+    assert ("three",) in {record.captions for record in records(prepare(source, tmp_path / "root") / "train").values()}
+    (source / "a" / "9.txt").symlink_to("nowhere")  # a link to nothing is no error
+    prepare(source, tmp_path / "root")
+
+
+def test_an_image_of_a_table_that_was_mended_in_place_is_noticed(tmp_path: Path) -> None:
+    source = write(tmp_path / "release", IMAGES | {"images/0.jpg": b"torn", "t.csv": "image,text\nimages/0.jpg,a\n"})
+    table = {"file": "t.csv", "text": "text"}
+    with pytest.raises(UserError, match="1 of 1 images are missing"):
+        prepare(source, tmp_path / "root", table=table)
+    write(source, IMAGES)
+    assert len(records(prepare(source, tmp_path / "root", table=table) / "train")) == 1
