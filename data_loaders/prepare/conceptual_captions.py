@@ -156,4 +156,8 @@ class _Release:
     def run(self, preparer: str, config: ImageTextConfig, scans: Sequence[Scan], tables: Sequence[str]) -> None:
         tars = [folder.inside(name) for folder in self.folders for name in folder.tars]
         used = [table for table in tables if table]
-        prepare_image_text(Plan(preparer, "pairs", config, scans, LICENCES, used, tars, EXPECTED), self.options)
+        validation = "set validation_fraction above 0"
+        if preparer == "conceptual_captions":
+            validation = f"put {VALIDATION} and its images beside the others"
+        plan = Plan(preparer, "pairs", config, scans, LICENCES, used, tars, EXPECTED, validation)
+        prepare_image_text(plan, self.options)

@@ -4,7 +4,8 @@
   `table.scores`, `table.classes`, `table.split` and `table.key` name its columns. Tags, scores and classes are lists in
   one cell, parted by `table.separator`, or JSON lists. Several rows may be about one image;
 - `layout=sidecars`: each image has a text file of the same name, one text a line, in folders or in WebDataset tars;
-- `layout=class_folders`: each image lies in a folder that is named after its class; `_` in the name counts as a space.
+- `layout=class_folders`: the folder that directly holds an image is named after its class; `_` in the name counts as a
+  space. Any folder above it may name the split.
 
 A path that begins with `train`, `val` or `validation` decides the split, and so does `table.split`; otherwise the hash
 of the key keeps `validation_fraction` for validation. A key is made of the image's path, unless `table.key` gives one.
@@ -35,6 +36,7 @@ from data_loaders.prepare.originals import (
     Report,
     folder_groups,
     listings,
+    stem_and_suffix,
     tar_groups,
 )
 from data_loaders.prepare.pieces import Location, Piece, drawn_split
@@ -70,7 +72,7 @@ class TableConfig(Config):
 
 
 class FolderPreparerConfig(ImageTextConfig):
-    """`auto` is a table if one is named, sidecars if text files lie beside images, and class folders otherwise."""
+    """`auto` is a table if one is named, sidecars if an image and a text share a name, and class folders otherwise."""
 
     type: Literal["folder"] = "folder"
     layout: Literal["auto", "table", "sidecars", "class_folders"] = "auto"
@@ -86,7 +88,7 @@ def prepare_folder(config: FolderPreparerConfig, options: Options) -> None:
     found = list(listings(options.source, options.root))
     layout = config.layout
     if layout == "auto":
-        beside = any((folder.images and folder.texts) or folder.tars for folder in found)
+        beside = any(folder.tars or _has_sidecar(options.source, folder) for folder in found)
         layout = "table" if config.table.file else "sidecars" if beside else "class_folders"
     tars: list[str] = []
     tables: list[str] = []
@@ -100,8 +102,8 @@ def prepare_folder(config: FolderPreparerConfig, options: Options) -> None:
         if not (table.text or table.tags or table.classes):
             raise UserError("table.text, table.tags, table.classes: name at least one column of what to learn from")
         tables = [table.file.as_posix()]
-        images = tuple(folder.path for folder in found if folder.images)
-        scans = [TableScan(options.source, table, config.validation_fraction, images)]
+        folders = tuple(folder.path for folder in found)
+        scans = [TableScan(options.source, table, config.validation_fraction, folders)]
     else:
         scans = [_scan(layout, options, part, (), config) for part in chunks([f.path for f in found if f.images])]
         if layout == "sidecars":
@@ -110,8 +112,18 @@ def prepare_folder(config: FolderPreparerConfig, options: Options) -> None:
     only_classes = layout == "class_folders" or (layout == "table" and not (config.table.text or config.table.tags))
     part = config.part if config.part != "auto" else "unimodal" if only_classes else "pairs"
     expected = _expected(layout, found)
+    if config.layout == "auto":
+        expected += f" layout=auto chose {layout}; layout= chooses another"
+    if layout == "class_folders":
+        classes = {name for folder in found if folder.images and (name := _class_and_split(folder.parts)[0])}
+        if len(classes) == 1:
+            raise UserError(
+                f"{options.source}: all images are of one class, {min(classes)!r}, the folder that holds "
+                "them. Expected a folder for each of several classes, or another layout="
+            )
+    validation = "set validation_fraction above 0, or name it in table.split or in folders called val"
     licences = {"images and texts": config.licence}
-    prepare_image_text(Plan("folder", part, config, scans, licences, tables, tars, expected), options)
+    prepare_image_text(Plan("folder", part, config, scans, licences, tables, tars, expected, validation), options)
 
 
 def _scan(
@@ -128,6 +140,25 @@ def _expected(layout: str, found: Sequence[Listing]) -> str:
         "class_folders": "Expected folders that are named after classes, with images in them",
     }
     return f"{forms[layout]}.{zips}"
+
+
+def _has_sidecar(source: Path, folder: Listing) -> bool:
+    """Whether an image and a text of the folder share a name."""
+    if not (folder.images and folder.texts):
+        return False
+    with os.scandir(source / folder.path) as entries:
+        texts = {name[0] for entry in entries if (name := stem_and_suffix(entry.name))[1] == ".txt"}
+    with os.scandir(source / folder.path) as entries:
+        names = (stem_and_suffix(entry.name) for entry in entries)
+        return any(suffix in IMAGE_SUFFIXES and stem in texts for stem, suffix in names)
+
+
+def _class_and_split(folders: Sequence[str]) -> tuple[str, str]:
+    """What the folders of an image say; empty where they say nothing."""
+    if not folders or folders[-1].lower() in SPLIT_NAMES:
+        return "", ""
+    split = next((SPLIT_NAMES[name.lower()] for name in folders[:-1] if name.lower() in SPLIT_NAMES), "")
+    return folders[-1].replace("_", " "), split
 
 
 def path_key(path: str) -> str:
@@ -174,17 +205,18 @@ class FolderScan:
             yield self.piece(place, captions=_texts(group.get(".txt"), originals, report))
             return
         for place in images:
-            folders = PurePosixPath(place.file).parts[:-1]
-            folders = folders[1:] if folders and folders[0].lower() in SPLIT_NAMES else folders
-            if folders:
-                yield self.piece(place, classes=(folders[0].replace("_", " "),))
+            name, split = _class_and_split(PurePosixPath(place.file).parts[:-1])
+            if name:
+                yield self.piece(place, classes=(name,), split=split)
             else:
                 report(Problem(place.file, "", "in no folder of a class"))
 
-    def piece(self, place: Location, captions: tuple[str, ...] = (), classes: tuple[str, ...] = ()) -> Piece:
+    def piece(
+        self, place: Location, captions: tuple[str, ...] = (), classes: tuple[str, ...] = (), split: str = ""
+    ) -> Piece:
         path = f"{place.file}/{place.member}" if place.member else place.file
         key = path_key(path)
-        split = split_of_path(PurePosixPath(path).parts, key, self.validation_fraction)
+        split = split or split_of_path(PurePosixPath(path).parts, key, self.validation_fraction)
         return Piece(key, split, True, place.name, place, captions, classes=classes)
 
 
@@ -210,7 +242,7 @@ class TableScan:
     source: Path
     table: TableConfig
     validation_fraction: float
-    folders: tuple[str, ...]  # where images lie: one that appears there later begins the work anew
+    folders: tuple[str, ...]  # where images lie: one that changes there begins the work anew
 
     @property
     def path(self) -> Path:

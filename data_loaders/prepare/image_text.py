@@ -70,7 +70,7 @@ class Scan(Protocol):
 
     @property
     def inputs(self) -> Sequence[Path]:
-        """Files and folders that begin the preparation anew when they change; a folder by its names."""
+        """Files and folders that begin the preparation anew when they change; a folder with any file in it."""
         ...
 
     def pieces(self, report: Report, scratch: Path) -> Iterator[Piece]:
@@ -115,7 +115,8 @@ class Plan:
     tables: Sequence[str]  # files of the release whose SHA-256 the manifest states; paths inside it
     archives: Sequence[str] = ()  # the same, if `checksum_archives`; else their sizes alone
     expected: str = ""  # what an error says where no image is found
-    balanced: int | None = None  # images a class; 0: as many as the smallest class has
+    validation: str = "add its images to the release"  # how to get that split, where there is none
+    balanced: int | None = None  # images a class of train; 0, and in validation: as many as the smallest class has
     details: Mapping[str, Any] | None = None  # for the manifest
 
 
@@ -169,6 +170,10 @@ class _Preparation:
         self.refuse_too_many_lost(report, target, buckets, scans)
         self.publish(report, target, buckets, scans)
         report.show(self.console)
+        if "validation" not in report.splits or not report.splits["validation"].used:
+            self.console.print(
+                f"no validation split was written, and training needs one: {self.plan.validation}", soft_wrap=True
+            )
 
     def scan(self) -> list[Path]:
         """The folders of pieces, one a scan."""
@@ -196,7 +201,11 @@ class _Preparation:
             listed, images = counts[3 + number], counts[0] + counts[1 + number]
             if not listed.sum():
                 continue
-            limits = None if self.plan.balanced is None else class_limits(pieces, split, self.plan.balanced)
+            limits = (
+                None
+                if self.plan.balanced is None
+                else class_limits(pieces, split, self.plan.balanced if split == "train" else 0)
+            )
             for first, last in _ranges(np.minimum(listed, images), config.examples_per_shard):
                 folder = self.work / "shards" / f"{len(buckets):05d}"
                 expected = int(listed[first:last].sum())
@@ -238,11 +247,18 @@ class _Preparation:
         kept = target.with_name(f"{target.name}-refused")
         shutil.rmtree(kept, ignore_errors=True)
         share = report.lost_fraction
-        if share <= self.options.max_missing:
+        none_used = not any(counts.used for counts in report.splits.values())
+        if share <= self.options.max_missing and not none_used:
             return
         kept.mkdir()
         self.write_lists(report, kept, buckets, scans)
         report.show(self.console)
+        if none_used:
+            tables = f" that {', '.join(self.plan.tables)} list" if self.plan.tables else ""
+            raise UserError(
+                f"{self.options.source}: none of the {report.listed:,} examples{tables} can be used; {kept} says why. "
+                f"Are the images those of this release? {self.plan.expected}"
+            )
         raise UserError(
             f"{self.options.source}: {report.lost:,} of {report.listed:,} images are missing or unreadable "
             f"({share:.4%}); --max-missing {self.options.max_missing:g} allows fewer. {kept} names them all. Download "
@@ -442,7 +458,7 @@ def class_limits(pieces: Pieces, split: Split, per_class: int) -> dict[tuple[str
     number = per_class or min(counts.values())
     short = [", ".join(classes) for classes, count in counts.items() if count < number]
     if short:
-        raise UserError(f"images_per_class={number}: {len(short)} classes have fewer, such as {min(short)}")
+        raise UserError(f"images_per_class={number}: {len(short)} classes of {split} have fewer, such as {min(short)}")
     taken: Counter[tuple[str, ...]] = Counter()
     limits: dict[tuple[str, ...], int] = {}
 
@@ -470,8 +486,26 @@ def _identity(plan: Plan, options: Options) -> dict[str, str]:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return (-1 if path.is_dir() else status.st_size), status.st_mtime_ns
+    """Size and time of a file. Of a folder the number of its files, and a digest of their names, sizes and times.
+
+    A folder's own time does not tell of a file that was written in place. Folders in it count where they are scanned.
+    """
+    if not path.is_dir():
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    number = total = 0
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                continue
+            try:
+                status = entry.stat()
+            except FileNotFoundError:  # a link to nothing
+                status = entry.stat(follow_symlinks=False)
+            state = f"{status.st_size} {status.st_mtime_ns} ".encode() + os.fsencode(entry.name)
+            number += 1
+            total += int.from_bytes(hashlib.sha256(state).digest()[:16], "big")  # a sum: entries come in any order
+    return number, total % 2**128
 
 
 def _digest(value: Any) -> str:

@@ -53,7 +53,7 @@ class ImageNetPreparerConfig(ImageTextConfig):
     homonyms: Literal["collapse", "distinguish"] = "collapse"
     renamed: dict[str, str] = Field(RENAMED)
     balanced: bool = False  # as many images of each class, taken by hash, after the collapse
-    images_per_class: PositiveInt | None = None  # with `balanced`; None: as many as the smallest class has
+    images_per_class: PositiveInt | None = None  # of train, with `balanced`; None: as many as the smallest class has
     part: Literal["unimodal", "pairs"] = "unimodal"  # `pairs`: to pretrain on class names in place of captions
 
 
@@ -89,7 +89,9 @@ def prepare_imagenet(config: ImageNetPreparerConfig, options: Options) -> None:
     balanced = (config.images_per_class or 0) if config.balanced else None
     shared = Counter(names.values())
     details = {"classes": len(shared), "collapsed": sorted(", ".join(n) for n, count in shared.items() if count > 1)}
-    plan = Plan("imagenet", config.part, config, scans, LICENCES, tables, tars, EXPECTED, balanced, details)
+    plan = Plan(
+        "imagenet", config.part, config, scans, LICENCES, tables, tars, EXPECTED, balanced=balanced, details=details
+    )
     prepare_image_text(plan, options)
 
 

@@ -257,3 +257,10 @@ def test_the_real_layout_of_the_tables_is_read(tmp_path: Path) -> None:
     assert sorted(len(record.labels) for record in labelled.values()) == [0, 1, 2, 15]
     assert not any(label.startswith("/m/") for record in labelled.values() for label in record.labels)
     assert [*labelled] == sorted(labelled, key=ring_hash)
+
+
+def test_images_of_another_table_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "release", captions_tables() | download([500, 501]))
+    with pytest.raises(UserError, match=r"none of the 33 examples that Train_GCC.* can be used; .*pairs-refused"):
+        prepare(source, tmp_path / "root")
+    assert not (tmp_path / "root" / "pairs").exists()

@@ -153,7 +153,7 @@ def test_texts_beside_images_in_folders_and_tars(tmp_path: Path) -> None:
 
 
 def test_folders_named_after_classes_are_images_without_texts(tmp_path: Path) -> None:
-    files: dict[str, bytes | str] = {f"train/red_fox/deep/{n}.jpg": picture(n) for n in range(3)}
+    files: dict[str, bytes | str] = {f"train/deep/red_fox/{n}.jpg": picture(n) for n in range(3)}
     files |= {"val/cat/1.jpg": picture(9), "stray.jpg": picture(4)}
     found = prepare(write(tmp_path / "release", files), tmp_path / "root", part="unimodal")
     assert {record.classes for record in records(found / "train").values()} == {("red fox",)}
@@ -163,7 +163,7 @@ def test_folders_named_after_classes_are_images_without_texts(tmp_path: Path) ->
 
 
 def test_the_validation_part_is_drawn_by_the_key_alone(tmp_path: Path) -> None:
-    files: dict[str, bytes | str] = {f"cat/{n}.jpg": picture(n) for n in range(200)}
+    files: dict[str, bytes | str] = {f"{('cat', 'dog')[n % 2]}/{n}.jpg": picture(n) for n in range(200)}
     source = write(tmp_path / "release", files)
     few = records(prepare(source, tmp_path / "few", part="unimodal", validation_fraction=0.1) / "validation")
     many = records(prepare(source, tmp_path / "many", part="unimodal", validation_fraction=0.3) / "validation")
@@ -187,3 +187,38 @@ def test_a_folder_that_holds_nothing_to_learn_from_says_what_is_expected(tmp_pat
             prepare(source, tmp_path / "root", layout="table", table=table)
     with pytest.raises(UserError, match=r"nowhere\.csv: no such file"):
         prepare(source, tmp_path / "root", table={"file": "nowhere.csv", "text": "text"})
+
+
+def test_a_file_that_was_mended_in_place_is_noticed(tmp_path: Path) -> None:
+    pictures: dict[str, bytes | str] = {"a/0.jpg": picture(0), "a/1.jpg": b"torn", "a/2.jpg": picture(2)}
+    source = write(tmp_path / "release", pictures | {"a/0.txt": "zero", "a/1.txt": "one", "a/2.txt": "two"})
+    with pytest.raises(UserError, match="1 of 3 images are missing or unreadable"):
+        prepare(source, tmp_path / "root")
+    write(source, {"a/1.jpg": picture(1)})
+    found = prepare(source, tmp_path / "root")
+    assert len(records(found / "train")) == 3
+    write(source, {"a/2.txt": "three"})
+    assert ("three",) in {record.captions for record in records(prepare(source, tmp_path / "root") / "train").values()}
+    (source / "a" / "9.txt").symlink_to("nowhere")  # a link to nothing is no error
+    prepare(source, tmp_path / "root")
+
+
+def test_an_image_of_a_table_that_was_mended_in_place_is_noticed(tmp_path: Path) -> None:
+    source = write(tmp_path / "release", IMAGES | {"images/0.jpg": b"torn", "t.csv": "image,text\nimages/0.jpg,a\n"})
+    table = {"file": "t.csv", "text": "text"}
+    with pytest.raises(UserError, match="none of the 1 examples"):
+        prepare(source, tmp_path / "root", table=table)
+    write(source, IMAGES)
+    assert len(records(prepare(source, tmp_path / "root", table=table) / "train")) == 1
+
+
+def test_a_class_is_the_folder_that_holds_the_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files: dict[str, bytes | str] = {f"animals/{name}/0.jpg": picture(n) for n, name in enumerate(("cats", "dogs"))}
+    source = write(tmp_path / "release", files | {"animals/cats/licence.txt": "free"})  # no sidecar
+    found = prepare(source, tmp_path / "root", part="unimodal")
+    assert {record.classes for record in records(found / "train").values()} == {("cats",), ("dogs",)}
+    assert "no validation split was written, and training needs one: set validation_fraction" in capsys.readouterr().out
+    write(source, {"animals/val/cats/1.jpg": picture(3)})
+    assert len(records(prepare(source, tmp_path / "root", part="unimodal") / "validation")) == 1
+    with pytest.raises(UserError, match="all images are of one class, 'cats'"):
+        prepare(write(tmp_path / "one", {"cats/0.jpg": picture(0)}), tmp_path / "other")

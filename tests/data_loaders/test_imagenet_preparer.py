@@ -123,7 +123,7 @@ def test_balance_takes_as_many_of_each_class_after_the_collapse(tmp_path: Path) 
     fewer = records(prepare(source, tmp_path / "fewer", balanced=True, images_per_class=2) / "train")
     assert set(Counter(record.classes for record in fewer.values()).values()) == {2}
     assert fewer.keys() < balanced.keys()  # by hash: nested, and the same for everyone
-    with pytest.raises(UserError, match=r"images_per_class=8: 1 classes have fewer, such as tench"):
+    with pytest.raises(UserError, match=r"images_per_class=8: 1 classes of train have fewer, such as tench"):
         prepare(source, tmp_path / "more", balanced=True, images_per_class=8)
     with pytest.raises(UserError, match="has no effect without balanced=true"):
         prepare(source, tmp_path / "more", images_per_class=8)
