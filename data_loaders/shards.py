@@ -13,6 +13,7 @@ The tars are plain WebDataset tars: `webdataset.WebDataset(...)` reads them too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -468,7 +469,12 @@ class ShardReader:
         return self._pread(number, size, offset, position, part)
 
     def _pread(self, number: int, size: int, offset: int, position: int, part: Part) -> bytes:
-        data = os.pread(self._open(number), size, offset)
+        try:
+            data = os.pread(self._open(number), size, offset)
+        except OSError as error:
+            if error.errno == errno.EIO:  # these bytes of the disk; anything else concerns the whole shard
+                raise self._damaged(position, part, f"cannot be read ({error.strerror})") from None
+            raise self._unreadable(number, error) from None
         if len(data) != size:
             raise self._damaged(position, part, "ends early: the shard is truncated")
         return data
@@ -482,14 +488,24 @@ class ShardReader:
         while len(self._files) >= MAX_OPEN_SHARDS:
             os.close(self._files.popitem(last=False)[1])
         if remote is not None:
-            self._files[number] = remote.open_shard(shard)
+            try:
+                self._files[number] = remote.open_shard(shard)
+            except OSError as error:
+                raise self._unreadable(number, error) from None
         else:
             file = self.index.folder / str(shard["file"])
             try:
                 self._files[number] = os.open(file, os.O_RDONLY)
             except FileNotFoundError:
                 raise ShardError(f"{file}: the index names this shard, but it is missing") from None
+            except OSError as error:
+                raise self._unreadable(number, error) from None
         return self._files[number]
+
+    def _unreadable(self, number: int, error: OSError) -> ShardError:
+        shard = self._location(self.index.shards[number]["file"])
+        at = f" at {error.filename}" if error.filename and str(error.filename) != str(shard) else ""
+        return ShardError(f"{shard}: cannot be read ({error.strerror}{at}). Look at its permissions and its disk")
 
 
 def _checked(records: Iterable[Record], folder: Path) -> Iterator[Record]:
