@@ -78,7 +78,9 @@ class DecodedImages:
         try:
             return self.reader.position(key)
         except KeyError:
-            found = np.flatnonzero(self.reader.index.hashes == ring_hash(key)) if key not in self.missing else ()
+            if key in self.missing:
+                raise
+            found = np.flatnonzero(self.reader.index.hashes == ring_hash(key))
             if not len(found):
                 raise
             return int(found[0])
