@@ -92,7 +92,8 @@ class FolderData(DataOptions):
     """A data root that was prepared before, in a folder or behind a URL.
 
     A URL is any that fsspec knows (`s3://`, `https://`, `file://`), or `pipe:COMMAND {}`: a command that prints the
-    file whose name replaces `{}`. It serves pretraining; the questions of tasks are read from folders.
+    file whose name replaces `{}`, given as `'data.root="pipe:COMMAND {}"'`.
+    It serves pretraining; the questions of tasks are read from folders.
     """
 
     type: Literal["folder"] = "folder"

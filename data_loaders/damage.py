@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from data_loaders.images import Images
+from data_loaders.images import DecodedImages, Images
 from data_loaders.loader import step_seed
 from data_loaders.shards import DamagedError, ShardReader
 from vlm.errors import UserError
@@ -41,13 +41,13 @@ class WindowReader:
         """The records and images at these places, or at those that stand in for them, and what was replaced."""
         while True:
             chains = [self._chain(place) for place in places]
-            records = [record for record, _ in chains]
+            records = [record for _, record, _ in chains]
             try:
-                pixels = self.images([record.key for record in records])
+                pixels = self._pixels([position for position, _, _ in chains], [record.key for record in records])
             except DamagedError as error:
                 self._remember(error)
                 continue
-            return records, pixels, tuple(dict.fromkeys(damage for _, damages in chains for damage in damages))
+            return records, pixels, tuple(dict.fromkeys(damage for *_, damages in chains for damage in damages))
 
     def keys(self) -> list[str]:
         """The keys of all examples but those whose texts are damaged."""
@@ -64,15 +64,20 @@ class WindowReader:
         if self.reader.index.remote is not None:
             self.reader.read_ahead([int(self.positions[place]) for place in places])
 
-    def _chain(self, place: int) -> tuple[Record, list[Damage]]:
-        """The first record from `place` on that is not known to be damaged, and the damages before it."""
+    def _pixels(self, positions: Sequence[int], keys: Sequence[str]) -> Tensor:
+        if isinstance(self.images, DecodedImages) and self.images.reader is self.reader:
+            return self.images.at(positions, keys)
+        return self.images(keys)
+
+    def _chain(self, place: int) -> tuple[int, Record, list[Damage]]:
+        """Position and content of the first record from `place` on not known as damaged, and the damages before it."""
         damages: list[Damage] = []
         for number in range(MAX_STAND_INS + 1):
             at = place if number == 0 else step_seed(self.seed, place, f"stand-in {number}") % len(self)
             position = int(self.positions[at])
             if position not in self._damages:
                 try:
-                    return self.reader.text(position), damages
+                    return position, self.reader.text(position), damages
                 except DamagedError as error:
                     self._remember(error)
             damages.append(self._damages[position])

@@ -7,12 +7,13 @@ import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from data_loaders.decoding import ImageError
-from data_loaders.shards import DamagedError, ShardReader
+from data_loaders.shards import DamagedError, ShardReader, ring_hash
 from data_loaders.transforms import ImageTransform
 from vlm.errors import UserError
 from vlm.types import Damage
@@ -38,31 +39,51 @@ class DecodedImages:
         self.reader, self.transform, self.missing = reader, transform, missing
 
     def __call__(self, keys: Sequence[str]) -> UInt8[Tensor, "b 3 h w"]:
-        pixels: dict[str, Tensor] = {}
+        return self._batch([(key, None) for key in keys])
+
+    def at(self, positions: Sequence[int], keys: Sequence[str]) -> UInt8[Tensor, "b 3 h w"]:
+        """The images at these positions of the reader, which hold these keys: no key is searched for."""
+        return self._batch(list(zip(keys, positions, strict=True)))
+
+    def _batch(self, wanted: Sequence[tuple[str, int | None]]) -> UInt8[Tensor, "b 3 h w"]:
+        pixels: dict[tuple[str, int | None], Tensor] = {}
         damages: dict[str | int, Damage] = {}
-        for key in dict.fromkeys(keys):
+        for key, position in dict.fromkeys(wanted):
             try:
-                pixels[key] = self._pixels(key)
+                pixels[key, position] = self._pixels(key, position)
             except DamagedError as error:
                 damages[key] = next(iter(error.damages.values()))
         if damages:
             raise DamagedError(damages)
         if self.transform.augment is not None:
-            pixels = {key: self.transform.augment(square) for key, square in pixels.items()}
-        return torch.stack([pixels[key] for key in keys])
+            pixels = {image: self.transform.augment(square) for image, square in pixels.items()}
+        return torch.stack([pixels[image] for image in wanted])
 
-    def _pixels(self, key: str) -> UInt8[Tensor, "3 h w"]:
-        try:
-            position = self.reader.position(key)
-        except KeyError:
-            if key in self.missing:
-                return grey(self.transform.image_pixels)
-            raise UserError(f"{self.reader.index.folder}: image {key!r} is asked for, but it is not here") from None
+    def _pixels(self, key: str, position: int | None) -> UInt8[Tensor, "3 h w"]:
+        if position is None:
+            try:
+                position = self._position(key)
+            except KeyError:
+                if key in self.missing:
+                    return grey(self.transform.image_pixels)
+                raise UserError(f"{self.reader.index.folder}: image {key!r} is asked for, but it is not here") from None
         data = self.reader.image(position)
         try:
             return self.transform.square(data, key)
         except ImageError as error:
             raise DamagedError({position: self.reader.damage(position, "image", f"is damaged ({error})")}) from None
+
+    def _position(self, key: str) -> int:
+        """Where the image of this key lies. A broken hash can hide sound ones from the search; then all are seen."""
+        try:
+            return self.reader.position(key)
+        except KeyError:
+            if key in self.missing:
+                raise
+            found = np.flatnonzero(self.reader.index.hashes == ring_hash(key))
+            if not len(found):
+                raise
+            return int(found[0])
 
 
 class OneImage:

@@ -54,9 +54,10 @@ class RemoteFolder:
             return self.root.replace("{}", f"{self.name}{file}")
         return f"{self.root.rstrip('/')}/{self.name}{file}"
 
-    def fetch(self, file: str, to: Path) -> None:
+    def fetch(self, file: str, to: Path, optional: bool = False) -> None:
         """Copy a file of this folder. Another try follows where the connection may be at fault.
 
+        A command cannot say that there is no such file: of an `optional` one, its failure is taken for that.
         Raises a `MissingFileError` where there is no such file, and a `UserError` that names the URL otherwise.
         """
         url = self.url(file)
@@ -75,6 +76,8 @@ class RemoteFolder:
                     raise UserError(
                         f"{to.parent}: no space is left. Lower data.cache_gib, or move $VLM_CACHE"
                     ) from None
+                if optional and self.root.startswith("pipe:"):
+                    raise MissingFileError(f"{url}: not found ({error})") from None
                 if wait is None:
                     text = f"{type(error).__name__}: {error}"
                     tries = len(WAITS_SECONDS) + 1
@@ -161,7 +164,7 @@ class RemoteFolder:
                 self.folder(name)._fetch_index(mirror / name)
             for name in texts:
                 with contextlib.suppress(MissingFileError):
-                    self._fetch_whole(name, mirror / name)
+                    self._fetch_whole(name, mirror / name, optional=bool(shard_folders))
         return mirror
 
     def _fetch_index(self, folder: Path) -> None:
@@ -174,11 +177,11 @@ class RemoteFolder:
             self._fetch_whole("index.safetensors", folder / "index.safetensors")
         os.replace(folder / "index.json.new", header)
 
-    def _fetch_whole(self, file: str, to: Path) -> None:
+    def _fetch_whole(self, file: str, to: Path, optional: bool = False) -> None:
         to.parent.mkdir(parents=True, exist_ok=True)
         partial = to.with_name(f".{to.name}.partial")
         try:
-            self.fetch(file, partial)
+            self.fetch(file, partial, optional)
             os.replace(partial, to)
         finally:
             partial.unlink(missing_ok=True)

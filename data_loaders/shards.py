@@ -13,6 +13,7 @@ The tars are plain WebDataset tars: `webdataset.WebDataset(...)` reads them too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -44,6 +45,9 @@ KEY_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_-]{0,199}")  # no dots: WebDa
 
 MAX_OPEN_SHARDS = 64  # a process may hold 1,024 files as a rule, and a large data set has more shards
 
+NAME_BYTES = 100  # of the name in a tar header; of a longer one it holds the beginning
+SIZE_FIELD = slice(124, 135)  # octal digits
+
 Part = Literal["image", "json"]
 
 
@@ -61,9 +65,10 @@ class DamagedError(ShardError):
         self.damages = damages
 
 
-def ring_hash(key: str) -> int:
+def ring_hash(key: str | bytes) -> int:
     """The place of a key on the hash ring: the first 63 bits of its SHA-256."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+    data = key.encode() if isinstance(key, str) else key
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -365,8 +370,35 @@ class ShardReader:
                     raise
 
     def image(self, position: int) -> bytes:
-        """The encoded image of the example, and nothing else."""
-        return self._read(position, "image")
+        """The encoded image of the example, empty if it has none.
+
+        The header that lies before it in the tar comes with the same read, so that an index that leads to the image of
+        another example is an error and no wrong pair.
+        """
+        number, offset, size = self._place(position, "image")
+        if not size:
+            return b""
+        start = max(offset - tarfile.BLOCKSIZE, 0)
+        data = self._pread(number, size + offset - start, start, position, "image")
+        if offset - start != tarfile.BLOCKSIZE or not self._is_header_of(position, number, data, offset, size):
+            raise self._damaged(position, "image", "is not its image: the index does not match the shard")
+        return data[tarfile.BLOCKSIZE :]
+
+    def _is_header_of(self, position: int, number: int, header: bytes, offset: int, size: int) -> bool:
+        """Whether this header in front of an image is that of the example at `position`.
+
+        By the hash of the name, which the index holds for every example: it takes no key, and a microsecond.
+        """
+        name, written_size = header[:NAME_BYTES], header[SIZE_FIELD]
+        if not written_size.isdigit() or int(written_size, 8) != size:
+            return False
+        if b"\0" not in name:  # cut off: the whole name stands in the block before, as a record of the PAX form
+            former = self._pread(number, tarfile.BLOCKSIZE, max(offset - 2 * tarfile.BLOCKSIZE, 0), position, "image")
+            record = re.match(rb"[0-9]+ path=([^\n\0]+)\n", former)
+            if record is not None and record[1].startswith(name):
+                name = record[1]
+        key, _, suffix = name.rstrip(b"\0").partition(b".")
+        return suffix in (b"jpg", b"png") and ring_hash(key) == int(self.index.hashes[position])
 
     def _record(self, position: int, image: bytes) -> Record:
         metadata = self._read(position, "json")
@@ -434,7 +466,15 @@ class ShardReader:
 
     def _read(self, position: int, part: Part) -> bytes:
         number, offset, size = self._place(position, part)
-        data = os.pread(self._open(number), size, offset)
+        return self._pread(number, size, offset, position, part)
+
+    def _pread(self, number: int, size: int, offset: int, position: int, part: Part) -> bytes:
+        try:
+            data = os.pread(self._open(number), size, offset)
+        except OSError as error:
+            if error.errno == errno.EIO:  # these bytes of the disk; anything else concerns the whole shard
+                raise self._damaged(position, part, f"cannot be read ({error.strerror})") from None
+            raise self._unreadable(number, error) from None
         if len(data) != size:
             raise self._damaged(position, part, "ends early: the shard is truncated")
         return data
@@ -448,14 +488,24 @@ class ShardReader:
         while len(self._files) >= MAX_OPEN_SHARDS:
             os.close(self._files.popitem(last=False)[1])
         if remote is not None:
-            self._files[number] = remote.open_shard(shard)
+            try:
+                self._files[number] = remote.open_shard(shard)
+            except OSError as error:
+                raise self._unreadable(number, error) from None
         else:
             file = self.index.folder / str(shard["file"])
             try:
                 self._files[number] = os.open(file, os.O_RDONLY)
             except FileNotFoundError:
                 raise ShardError(f"{file}: the index names this shard, but it is missing") from None
+            except OSError as error:
+                raise self._unreadable(number, error) from None
         return self._files[number]
+
+    def _unreadable(self, number: int, error: OSError) -> ShardError:
+        shard = self._location(self.index.shards[number]["file"])
+        at = f" at {error.filename}" if error.filename and str(error.filename) != str(shard) else ""
+        return ShardError(f"{shard}: cannot be read ({error.strerror}{at}). Look at its permissions and its disk")
 
 
 def _checked(records: Iterable[Record], folder: Path) -> Iterator[Record]:

@@ -6,6 +6,8 @@ import functools
 import http.server
 import io
 import json
+import re
+import shlex
 import shutil
 import threading
 import time
@@ -23,6 +25,7 @@ from data_loaders.images import DecodedImages
 from data_loaders.loader import train_loader
 from data_loaders.shards import ShardReader, write_shards
 from data_loaders.transforms import ImageTransform
+from vlm.cli import main
 from vlm.config import _identity, compose
 from vlm.errors import UserError
 from vlm.run import RunConfig, train
@@ -209,6 +212,23 @@ def test_a_pipe_runs_only_where_its_user_lets_it(root: Path, tmp_path: Path, mon
     with pytest.raises(UserError, match="not fetched"):  # no shell stands between: `;` is part of a name
         batches_of(f"pipe:cat {{}}; touch {tmp_path}/ran")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pipe_is_given_as_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (given,) = re.findall(r"`('?data\.root=[^`]*pipe:[^`]*)`", readme)
+    assert main(["show", "pretrain", "data=folder", *shlex.split(given)]) == 0
+    assert "root: pipe:ssh host cat /data/vl/{}" in capsys.readouterr().out
+
+
+def test_a_root_without_texts_is_asked_for_them_once(root: Path, tmp_path: Path) -> None:
+    there, asked = tmp_path / "there", tmp_path / "asked"
+    shutil.copytree(root / "unimodal", there / "unimodal")
+    script = tmp_path / "give"
+    script.write_text(f'#!/bin/sh\necho "$1" >> {asked}\nexec cat "{there}/$1"\n')
+    script.chmod(0o755)
+    assert_same(batches_of(f"pipe:{script} {{}}"), batches_of(there))
+    assert asked.read_text().splitlines().count("texts/train.txt") == 1
 
 
 def test_a_task_wants_its_questions_in_a_folder() -> None:

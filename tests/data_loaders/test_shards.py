@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from data_loaders.shards import (
+    DamagedError,
     Index,
     ShardError,
     ShardReader,
@@ -317,3 +318,43 @@ def test_damaged_metadata_is_an_error_that_names_its_shard(folder: Path, metadat
     file.write_bytes(bytes(data))
     with pytest.raises(ShardError, match=r"00000\.tar: example 0, member '.*\.json', is damaged"):
         ShardReader(index)[0]
+
+
+def shifted(by: int) -> Callable[[np.ndarray], np.ndarray]:
+    """All places but those of a shard's first and last example, which are checked when the index is opened."""
+
+    def change(array: np.ndarray) -> np.ndarray:
+        array[1:3] += by
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_offset": shifted(512)},
+        {"image_offset": shifted(-7)},
+        {"image_offset": lambda array: np.where(np.arange(len(array)) == 1, 3, array)},
+        {"image_size": shifted(-1)},
+        {"image_size": shifted(1)},
+        {name: lambda array: array[[0, 2, 1, *range(3, len(array))]] for name in ("image_offset", "image_size")},
+        {name: lambda array: array[[0, 3, 2, 3, *range(4, len(array))]] for name in ("image_offset", "image_size")},
+    ],
+    ids=["a block on", "seven bytes back", "at the beginning", "too short", "too long", "swapped", "repeated"],
+)
+@pytest.mark.parametrize("prefix", ["key", "k" * 89, "k" * 93, "k" * 94, "k" * 95, "k" * 190])
+def test_an_image_is_that_of_its_example_or_an_error(tmp_path: Path, prefix: str, changes: dict[str, Any]) -> None:
+    """Names of 100 bytes and over have a header of another form, whose field for the name holds their beginning."""
+    image = encoded("PNG", "blue")
+    records = [Record(f"{prefix}-{n}", image + bytes(n)) for n in range(COUNT)]
+    write_shards(records, tmp_path, 5)
+    reader = ShardReader(open_index(tmp_path))
+    assert {record.key: record.image for record in reader} == {record.key: record.image for record in records}
+    change_arrays(tmp_path, **changes)
+    reader = ShardReader(open_index(tmp_path))
+    with pytest.raises(DamagedError, match=rf"^{re.escape(str(tmp_path))}/00000\.tar: example 1.* is not its image"):
+        reader.image(1)
+    assert reader.image(0) == next(
+        record.image for record in records if ring_hash(record.key) == reader.index.hashes[0]
+    )

@@ -118,7 +118,7 @@ def test_a_window_reads_its_share_of_the_bytes(made: Path, fraction: float, monk
     source = source_over(made, fraction)
     assert len(keys_of(list(train_loader(source, 4, 0, len(source) // 4, shuffle_shards=4)))) == len(source)
     index = source.window.reader.index
-    useful = int(index.image_size.sum() + index.json_size.sum())
+    useful = int(index.image_size.sum() + index.json_size.sum()) + 512 * COUNT  # with the header that names the image
     assert 0.9 * fraction < sum(read.values()) / useful < 1.1 * fraction
     assert len(read) <= -(-len(source) // IN_SHARD) + 1  # no other shard is opened
 
@@ -250,6 +250,27 @@ def misplace(folder: Path, key: str) -> None:
     save_file(arrays, folder / "index.safetensors")
 
 
+def swap_images(folder: Path, key: str) -> None:
+    """An index that gives an example and the one before it in the shard each other's image."""
+    from safetensors.numpy import load_file, save_file
+
+    at = ShardReader(open_index(folder)).position(key)
+    arrays = load_file(folder / "index.safetensors")
+    for name in ("image_offset", "image_size"):
+        arrays[name][[at - 1, at]] = arrays[name][[at, at - 1]]
+    save_file(arrays, folder / "index.safetensors")
+
+
+def break_hash(folder: Path, key: str) -> None:
+    """An index in which an example lies before all others, so that a search for its neighbours goes astray."""
+    from safetensors.numpy import load_file, save_file
+
+    at = ShardReader(open_index(folder)).position(key)
+    arrays = load_file(folder / "index.safetensors")
+    arrays["hashes"][at] = 2**63 - 1 if at < len(arrays["hashes"]) // 2 else 0
+    save_file(arrays, folder / "index.safetensors")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path, str], None], str]] = {
     "a truncated tar": (truncate, r"\.tar: example \d+(, member 'VICTIM\.jpg',)? ends early: the shard is truncated"),
     "a corrupt JPEG": (
@@ -268,6 +289,11 @@ DAMAGE: dict[str, tuple[Callable[[Path, str], None], str]] = {
         rename_member,
         r"member '\.\./\.\./x', is damaged \(the key '\.\./\.\./x' does not belong here\)",
     ),
+    "an index that swaps two images": (
+        swap_images,
+        r"\.tar: example \d+, member 'key-\d+\.jpg', is not its image: the index does not match the shard",
+    ),
+    "a broken hash": (break_hash, r"member 'VICTIM\.json', is damaged \(the key 'VICTIM' does not belong here\)"),
     "an index that points outside": (misplace, r"index\.safetensors: example \d+ lies outside its shard"),
 }
 
@@ -310,7 +336,7 @@ def test_a_skipped_example_is_replaced_by_another_of_the_window_and_named(damage
     assert {type(batch.image) for batch in batches} == {torch.Tensor}
     assert all(len(batch.keys) == 10 for batch in batches)
     num_lost = len(set(named))
-    assert num_lost == (2 if "truncated" in pattern else 1)
+    assert num_lost == (2 if "truncated" in pattern or "not its image" in pattern else 1)
     assert Counter(damage.position for damage in named).most_common(1)[0][1] >= 3  # once a pass at least
     lost = {ShardReader(open_index(folder)).index.hashes[damage.position] for damage in named}
     keys = keys_of(batches)
@@ -343,7 +369,7 @@ def test_an_error_in_a_worker_is_the_same_one_line(damaged_folder: tuple[Path, s
         list(train_loader(source_over(damaged_folder[0]), 10, 0, num_batches=4, num_workers=1))
 
 
-@pytest.mark.parametrize("damaged_folder", ["a corrupt JPEG"], indirect=True)
+@pytest.mark.parametrize("damaged_folder", ["a corrupt JPEG", "a broken hash"], indirect=True)
 def test_states_of_a_frozen_encoder_leave_damaged_images_out(damaged_folder: tuple[Path, str]) -> None:
     source = source_over(damaged_folder[0], damaged="skip")
     keys = source.window.keys()
@@ -351,8 +377,9 @@ def test_states_of_a_frozen_encoder_leave_damaged_images_out(damaged_folder: tup
     def encoder(pixels: torch.Tensor) -> torch.Tensor:
         return pixels.float().mean((2, 3))[:, None]
 
-    with pytest.raises(DamagedError):
-        EncodedImages.encode(source.window.images, keys, encoder, 10**6)
+    if len(keys) == 40:
+        with pytest.raises(DamagedError):
+            EncodedImages.encode(source.window.images, keys, encoder, 10**6)
     pixels = [source.batch([place]).keys for place in range(40)]
     source.window.images = EncodedImages.encode(source.window.images, keys, encoder, 10**6, 7, skip_damaged=True)
     again = source_over(damaged_folder[0], damaged="skip")
@@ -374,6 +401,23 @@ def test_a_missing_shard_stops_the_run_even_where_damage_is_skipped(tmp_path: Pa
     (folder / "00001.tar").unlink()
     with pytest.raises(UserError, match=r"00001\.tar: the index names this shard, but it is missing"):
         list(train_loader(source_over(folder, damaged="skip"), 6, 0, num_batches=2))
+
+
+@pytest.mark.parametrize("damaged", ["stop", "skip"])
+@pytest.mark.parametrize("kind", ["a loop of links", "a folder", "no permission"])
+def test_a_shard_that_cannot_be_read_is_one_line_that_names_it(tmp_path: Path, kind: str, damaged: OnDamage) -> None:
+    folder = tmp_path / "shards"
+    write_shards([Record(f"key-{n}", jpeg(n)) for n in range(12)], folder, 4)
+    file = folder / "00001.tar"
+    if kind == "no permission":
+        file.chmod(0)
+        if os.access(file, os.R_OK):
+            pytest.skip("this user may read everything")
+    else:
+        file.unlink()
+        file.mkdir() if kind == "a folder" else file.symlink_to(file.name)
+    with pytest.raises(ShardError, match=r"00001\.tar: cannot be read \(.+\)\. Look at its permissions"):
+        source_over(folder, damaged=damaged).batch(range(12))
 
 
 def test_an_index_that_names_a_tar_elsewhere_is_refused(made: Path, tmp_path: Path) -> None:
