@@ -7,7 +7,7 @@ where they lie. Lists, counts and the index follow, and `<root>/<part>` appears 
     {train,validation}/               shards
     keys-{split}.txt.gz               the keys that were used, in the order of the hash ring
     lost-{split}.tsv.gz               every example that was listed and is not there: key, reason, name, detail
-    unused.tsv.gz                     every file and member that was not used: reason, file, member
+    unused.tsv.gz                     files and members that were passed over: reason, file, member
     manifest.json, report.json        what it was made of; the yield
 
 Until then all work lies in `<root>/.<part>-preparing`, where each finished scan and shard appears whole. The same

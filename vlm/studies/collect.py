@@ -13,6 +13,7 @@ from typing import Any
 
 from vlm.bookkeeping import ledger_of_run
 from vlm.config import CustomConfig
+from vlm.errors import UserError
 from vlm.run import CONFIG, RESULT, write_atomically
 from vlm.studies.plan import Job
 from vlm.studies.statistics import estimate
@@ -155,10 +156,15 @@ def _is_variant(label: str) -> bool:
 
 
 def _books(job: Job) -> dict[str, Any]:
-    """What a score says of its run's ledger; counted from its config where it has none."""
+    """What a score says of its run's ledger; counted from its config where it has none and its data is still there."""
     if not any((job.folder / name).is_file() for name in (LEDGER, CONFIG)):
         return {}
-    ledger = ledger_of_run(job.folder)
+    try:
+        ledger = ledger_of_run(job.folder)
+    except UserError:
+        if (job.folder / LEDGER).is_file():
+            raise
+        return {}
     own, pairs, labelled = ledger.count("pairs", ["fusion"]), ledger.count("pairs"), ledger.count("labelled_images")
     others = [f"{name} {'unknown' if seen.unknown else f'{seen.known:,}'}" for name, seen in ledger.others().items()]
     return {

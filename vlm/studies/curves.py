@@ -172,15 +172,17 @@ def baselines(scores: Sequence[Score], panel: Panel) -> list[Baseline]:
 
 
 def warnings(scores: Sequence[Score]) -> list[str]:
-    """Points that claim no image-text pairs while a component has seen some elsewhere: a CLIP tower, say."""
-    by_others: dict[str, dict[str, None]] = {}
+    """Points that claim no image-text pairs, or do not say, while a component has seen some elsewhere: a CLIP tower."""
+    claims = {0: "no image-text pairs are claimed for", None: "nobody knows how many image-text pairs supervised"}
+    by_others: dict[tuple[str, str], dict[str, None]] = {}
     for score in scores:
-        if not score.supervised_pairs and score.others and not score.question_only:
-            by_others.setdefault(score.others, {})[score.point or "all"] = None
+        if score.supervised_pairs in claims and score.others and not score.question_only:
+            claim = claims[score.supervised_pairs]
+            by_others.setdefault((claim, score.others), {})[score.point or "all"] = None
     return [
-        f"Warning: no image-text pairs are claimed for {', '.join(points)}, but others "
+        f"Warning: {claim} {', '.join(points)}, but others "
         f"{'have' if any(map(str.isdigit, others)) else 'may have'} seen pairs: {others}"
-        for others, points in by_others.items()
+        for (claim, others), points in by_others.items()
     ]
 
 
