@@ -445,8 +445,9 @@ def encode_frozen_images(config: RunConfig, model: VisionLanguageModel, source: 
 def train(config: RunConfig) -> Path:
     """Run to the end, from the start or from the last checkpoint, and return the run's folder.
 
-    A finished run is left as it is. The folder holds the resolved config, the tokenizer, checkpoints, TensorBoard
-    events, predictions of a task, and at the very end `result.json`.
+    A finished run is left as it is, but for a ledger that lacks what is declared by now. The folder holds the resolved
+    config, the tokenizer, the ledger, checkpoints, TensorBoard events, predictions of a task, and at the very end
+    `result.json`.
     """
     from vlm.bookkeeping import complete_ledger, write_ledger
 

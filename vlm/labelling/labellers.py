@@ -111,13 +111,14 @@ def read_vocabulary(path: Path) -> tuple[str, ...]:
     two of its classes share stay twice, for the lines are the classes of a classifier.
     """
     file = OfficialFile.given(path)
-    texts = [text for _, text in lines(file)]
+    read = list(lines(file))
+    texts = [text for _, text in read]
     if not texts:
         raise file.error("holds no label")
     if all(WNID.match(text) for text in texts):
         return tuple(text[len("n00000000 ") :].split(",")[0].strip() for text in texts)
     seen: set[str] = set()
-    for place, text in lines(file):
+    for place, text in read:
         if text in seen:
             raise file.error(f"{place}: {text!r} stands twice")
         seen.add(text)

@@ -115,7 +115,9 @@ class Worker:
         self.labeller: Labeller = job.config.labeller.build(vocabulary)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.labeller.model.to(self.device)
-        self.names = list(dict.fromkeys(self.labeller.labels))
+        numbers: dict[str, int] = {}
+        self.columns = torch.tensor([numbers.setdefault(label, len(numbers)) for label in self.labeller.labels])
+        self.names = list(numbers)
 
     def label(self, numbers: Sequence[int]) -> Iterator[Outcome]:
         """Each shard's labels, best first, of every image; none for an image that is damaged, if that is allowed."""
@@ -145,11 +147,13 @@ class Worker:
         scores = self.labeller.scores(pixels.to(self.device)).cpu()
         if len(self.names) == scores.shape[1]:
             return scores
-        numbers = {name: number for number, name in enumerate(self.names)}
-        columns = torch.tensor([numbers[label] for label in self.labeller.labels])
         shares = getattr(self.config.labeller, "activation", "softmax") == "softmax"
         merged = torch.zeros(len(scores), len(self.names))
-        return merged.index_reduce(1, columns, scores, "amax") if not shares else merged.index_add(1, columns, scores)
+        return (
+            merged.index_add(1, self.columns, scores)
+            if shares
+            else merged.index_reduce(1, self.columns, scores, "amax")
+        )
 
     def _labelled(self, pixels: Float[Tensor, "b 3 h w"]) -> Iterator[dict[str, Any]]:
         """The best labels of each image with their scores; of equal ones the first of the vocabulary."""
