@@ -78,8 +78,31 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("study", metavar="NAME", help="a study under experiments/, or the path of a study.yaml")
     study.add_argument("--folder", type=Path, metavar="DIR", help="where the runs and the curve go")
     study.add_argument("--jobs", type=int, metavar="N", help="how many runs go at a time")
+    study.add_argument(
+        "--on",
+        choices=("local", "ray", "slurm", "submitit"),
+        default="local",
+        help="processes of this machine, a Ray cluster, SLURM's queue, or what SLURM would run as processes here",
+    )
+    study.add_argument("--address", metavar="HOST:PORT", help="of a running Ray cluster (default: one is started here)")
+    study.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="of SLURM, such as partition=gpu; repeat"
+    )
+    study.add_argument(
+        "--dry-run", action="store_true", help="run each kind of run in short, on small data, and keep nothing"
+    )
+    study.add_argument("--retry-failed", action="store_true", help="try again what failed in an earlier call")
 
-    for each in (show, train, study):
+    plan = verb("plan", _plan, "Show the runs of a study, which are finished, and what the rest will take.")
+    plan.add_argument("study", metavar="NAME", help="a study under experiments/, or the path of a study.yaml")
+    plan.add_argument("--folder", type=Path, metavar="DIR", help="where its runs are")
+    plan.add_argument("--jobs", type=int, metavar="N", help="how many runs would go at a time")
+    plan.add_argument(
+        "--probe", action="store_true", help="measure the cost of what has no finished run, in short runs"
+    )
+    plan.add_argument("--list", action="store_true", help="list every run")
+
+    for each in (show, train, study, plan):
         each.add_argument(
             "--config-dir", type=Path, metavar="DIR", help="a folder of configs, searched before the packaged ones"
         )
@@ -119,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     label.add_argument("--address", metavar="HOST:PORT", help="of a running Ray cluster (default: one is started here)")
     label.add_argument("--workers", type=int, metavar="N", help="of the cluster (default: its GPUs, else its cores)")
 
-    for each in (show, train, evaluate, study, prepare, label):
+    for each in (show, train, evaluate, study, plan, prepare, label):
         each.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as seed=3 or data=world")
     return parser
 
@@ -260,9 +283,38 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _study(options: argparse.Namespace) -> None:
-    from vlm.studies.run import run_study
+    if options.address is not None and options.on != "ray":
+        raise UserError("--address belongs to --on ray")
+    if options.sbatch and options.on != "slurm":
+        raise UserError("--sbatch belongs to --on slurm")
+    unreadable = [text for text in options.sbatch if "=" not in text.strip("=")]
+    if unreadable:
+        raise UserError(f"--sbatch {unreadable[0]}: expected OPTION=VALUE, such as partition=gpu")
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs: must be at least 1, got {options.jobs}")
+    if options.dry_run:
+        if options.on != "local" or options.folder is not None or options.retry_failed:
+            raise UserError(
+                "--dry-run: goes on this machine and keeps nothing; leave out --on, --folder, --retry-failed"
+            )
+        from vlm.studies.outlook import dry_run
+        from vlm.studies.run import load_study
 
-    run_study(options.study, options.folder, options.jobs, options.overrides, options.config_dir)
+        dry_run(load_study(options.study, None)[0], options.overrides, options.config_dir, options.jobs)
+        return
+    from vlm.studies.run import Place, run_study
+
+    sbatch = dict(text.lstrip("-").split("=", 1) for text in options.sbatch)
+    place = Place(options.on, options.jobs, options.address, sbatch)
+    run_study(options.study, options.folder, place, options.overrides, options.config_dir, options.retry_failed)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from vlm.studies.outlook import show_plan
+    from vlm.studies.run import load_study
+
+    study, folder = load_study(options.study, options.folder)
+    show_plan(study, folder, options.overrides, options.config_dir, options.jobs, options.probe, options.list)
 
 
 def _score(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from data_loaders import DataConfig, WorldData
 from vlm.config import Config, CustomConfig, RunReference, dump_yaml, fingerprint, load_yaml, not_identity
 from vlm.errors import UserError
+from vlm.locks import only_process
 from vlm.models import ModelConfig
 from vlm.objectives import ImageClassesConfig, MaskedLanguageConfig, MatchingConfig, ObjectiveConfig
 from vlm.supervision import SupervisionConfig
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 CONFIG, INPUTS, RESULT, TOKENIZER = "config.yaml", "inputs.json", "result.json", "tokenizer.json"
 LAST, BEST = "last.ckpt", "best.ckpt"
+PROGRESS = "progress.json"  # of the training, for whoever watches
 
 
 class TrainerConfig(Config):
@@ -449,7 +451,7 @@ def train(config: RunConfig) -> Path:
     config, the tokenizer, the ledger, checkpoints, TensorBoard events, predictions of a task, and at the very end
     `result.json`.
     """
-    from vlm.bookkeeping import complete_ledger, write_ledger
+    from vlm.bookkeeping import complete_ledger
 
     folder = config.run_folder
     _refuse_another_run(config, folder)
@@ -462,6 +464,17 @@ def train(config: RunConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"folder: {folder} cannot be made ({error.strerror})") from None
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    if any(int(os.environ.get(rank, 0)) for rank in ranks):  # of a run whose first process holds the lock
+        return _train(config, root, start)
+    with only_process(folder, "run"):
+        return folder if (folder / RESULT).is_file() else _train(config, root, start)
+
+
+def _train(config: RunConfig, root: Path, start: float) -> Path:
+    from vlm.bookkeeping import write_ledger
+
+    folder = config.run_folder
     _write_once(folder / CONFIG, dump_yaml(config))
     _refuse_other_inputs(folder, _inputs(config, root))
     tokenizer = build_tokenizer(config, root)
@@ -537,7 +550,7 @@ def _fit(
 ) -> dict[str, Any]:
     """Train with Lightning; returns steps, examples seen and the checkpoint to hand on."""
     from data_loaders.loader import evaluation_loader, train_loader
-    from vlm.training.trainer import build_trainer
+    from vlm.training.trainer import TellProgress, build_trainer
 
     options, folder = config.trainer, config.run_folder
     last = folder / LAST
@@ -569,12 +582,14 @@ def _fit(
         raise KeyboardInterrupt from None
     metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items() if value.isfinite()}
     best = folder / BEST
+    told = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's connector sets it
     return {
         "steps": module.num_steps,
         "samples": module.num_steps * options.batch_size,
         "examples": len(train_source),
         "checkpoint": BEST if options.select == "best" and best.is_file() else LAST,
         "metrics": metrics,
+        "examples_per_second": next((one.examples_per_second for one in told if isinstance(one, TellProgress)), None),
     }
 
 

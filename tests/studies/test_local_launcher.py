@@ -2,38 +2,72 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from made_up_jobs import finish, job, silent
 from rich.console import Console
 
 from vlm.config import load_yaml
 from vlm.errors import UserError
 from vlm.run import CONFIG, RESULT, RunConfig, TrainerConfig
-from vlm.studies.launchers.local import LOG, Slot, launch, machine_slots, remaining_seconds
+from vlm.studies.board import remaining_seconds
+from vlm.studies.driver import FAILURE, INTERRUPTIONS, Outcome, drive
+from vlm.studies.launchers.local import LocalLauncher, Slot, machine_slots
 from vlm.studies.plan import Job
-from vlm.tasks import VQAv2Task
+from vlm.studies.work import LOG
 
 ROOT = Path(__file__).parents[2]
 
 
-def job(folder: Path, stage: str, seed: int = 0, *upstream: Job) -> Job:
-    config = RunConfig(name=stage, seed=seed, task=VQAv2Task(), folder=folder / "runs" / f"{stage}-{seed}")
-    return Job(stage, config, {f"input{number}": one for number, one in enumerate(upstream)}, {"seed": str(seed)})
+def launch(
+    jobs: list[Job],
+    at_once: int,
+    work: Callable[[Path], None],
+    console: Console | None = None,
+    retries: int = 0,
+    retry_failed: bool = False,
+) -> Outcome:
+    return drive(jobs, LocalLauncher(jobs, at_once, work), retries, retry_failed, console)
 
 
-def finish(folder: Path) -> None:
-    with (folder / "started").open("a") as file:
-        file.write("x")
-    print("trained", flush=True)
-    (folder / RESULT).write_text("{}")
+def fail_twice(folder: Path) -> None:
+    """Fails by its own error the first two times."""
+    attempts = folder / "attempts"
+    attempts.write_text(attempts.read_text() + "x" if attempts.is_file() else "x")
+    if len(attempts.read_text()) < 3:
+        raise ValueError("bad luck")
+    finish(folder)
+
+
+def be_killed_twice(folder: Path) -> None:
+    try:
+        fail_twice(folder)
+    except ValueError:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_full(folder: Path) -> None:
+    """As on a full disk, of which torch tells in words of its own."""
+    try:
+        fail_twice(folder)
+    except ValueError:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise RuntimeError("PytorchStreamWriter failed writing file") from error
+
+
+def be_killed(folder: Path) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_as_named(folder: Path) -> None:
@@ -74,10 +108,6 @@ def wait_with_a_child(folder: Path) -> None:
     time.sleep(60)
 
 
-def silent() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
 def shown(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -112,22 +142,62 @@ def test_failures_stop_only_what_starts_from_them(tmp_path: Path) -> None:
     console = silent()
     outcome = launch([*jobs.values(), *after.values(), later], 2, end_as_named, console)
     assert sorted(outcome.finished) == sorted([jobs["fine"].id, after["fine"].id])
-    assert set(outcome.failed) == {jobs[name].id for name in names if name != "fine"}
+    assert set(outcome.failed) == {jobs[name].id for name in ("crash", "wrong", "quiet")}
+    assert set(outcome.interrupted) == {jobs["killed"].id}
     assert set(outcome.skipped) == {after[name].id for name in names if name != "fine"} | {later.id}
     assert outcome.failed[jobs["crash"].id].startswith("exit status 1")
     assert outcome.failed[jobs["crash"].id].endswith("ValueError: the loss is not a number")
     assert outcome.failed[jobs["wrong"].id].splitlines()[1:] == ["error: data.root: no such folder"]
-    assert outcome.failed[jobs["killed"].id] == "ended by SIGKILL\nstep 7"
+    assert outcome.interrupted[jobs["killed"].id] == "ended by SIGKILL\nstep 7"
     assert outcome.failed[jobs["quiet"].id] == "exit status 0, no result.json"
     assert "failed   crash seed=0" in shown(console) and "finished after-fine seed=0" in shown(console)
 
 
-def test_the_same_call_continues_and_leaves_finished_runs_alone(tmp_path: Path) -> None:
+def test_a_failed_job_is_tried_again_as_often_as_it_may(tmp_path: Path) -> None:
+    one, other = job(tmp_path, "first"), job(tmp_path, "second")
+    console = silent()
+    assert launch([one], 1, fail_twice, console, retries=2).finished == [one.id]
+    assert shown(console).count("it is tried again") == 2
+    outcome = launch([other], 1, fail_twice, silent(), retries=1)
+    assert outcome.failed[other.id].endswith("ValueError: bad luck")
+    assert (other.folder / "attempts").read_text() == "xx"
+
+
+def test_an_error_of_the_users_is_not_tried_again_at_once(tmp_path: Path) -> None:
+    one = job(tmp_path, "wrong")
+    launch([one], 1, end_as_named, silent(), retries=5)
+    assert (one.folder / LOG).read_text().count("no such folder") == 1
+
+
+@pytest.mark.parametrize("work", [be_killed_twice, run_full])
+def test_an_interrupted_job_goes_on_without_counting_as_failed(tmp_path: Path, work: Callable[[Path], None]) -> None:
+    one = job(tmp_path, "first")
+    assert launch([one], 1, work, silent(), retries=0).finished == [one.id]
+    assert not (one.folder / FAILURE).exists()
+
+
+def test_a_job_that_is_interrupted_each_time_ends_the_call_and_not_the_next_one(tmp_path: Path) -> None:
+    one, after = job(tmp_path, "first"), job(tmp_path, "last", 0, job(tmp_path, "first"))
+    console = silent()
+    outcome = launch([one, after], 1, be_killed, console)
+    assert list(outcome.interrupted) == [one.id] and outcome.skipped == [after.id] and not outcome.failed
+    assert shown(console).count("interrupted") == INTERRUPTIONS + 1
+    assert len(launch([one, after], 1, finish, silent()).finished) == 2
+
+
+def test_what_failed_is_left_alone_until_it_is_asked_for_and_what_finished_for_ever(tmp_path: Path) -> None:
     jobs = [job(tmp_path, "fine"), job(tmp_path, "crash")]
     launch(jobs, 1, end_as_named, silent())
-    outcome = launch(jobs, 1, finish, silent())
+    failure = json.loads((jobs[1].folder / FAILURE).read_text())
+    assert failure["attempts"] == 1 and failure["reason"].endswith("the loss is not a number")
+    console = silent()
+    outcome = launch(jobs, 1, finish, console)
+    assert outcome.finished == [jobs[0].id] and outcome.failed == {jobs[1].id: failure["reason"]}
+    assert "1 failed before and are left alone; --retry-failed tries them again" in shown(console)
+    outcome = launch(jobs, 1, finish, silent(), retry_failed=True)
     assert sorted(outcome.finished) == sorted(one.id for one in jobs) and not outcome.failed
     assert [(one.folder / "started").read_text() for one in jobs] == ["x", "x"]
+    assert not (jobs[1].folder / FAILURE).exists()
     log = (tmp_path / "runs/crash-0" / LOG).read_text()
     assert "ValueError" in log and log.endswith("trained\n")
 
@@ -186,7 +256,7 @@ def test_cores_are_shared_among_the_jobs_and_gpus_given_one_by_one(
     assert list(machine_slots(jobs, None)) == [Slot(2, ("2",)), Slot(2, ("3",))]
     assert [slot.gpus for slot in machine_slots(jobs, 3)] == [("2",), ("3",), ("2",)]
     config = jobs[0].config.model_copy(update={"trainer": TrainerConfig(devices=2)})
-    assert [slot.gpus for slot in machine_slots([Job("first", config, {}, {})], None)] == [("2", "3")]
+    assert [slot.gpus for slot in machine_slots([Job("first", "first-0", config, {}, {})], None)] == [("2", "3")]
     with pytest.raises(UserError, match="at least 1"):
         list(machine_slots(jobs, 0))
 

@@ -11,8 +11,9 @@ import pytest
 
 from vlm.config import load_yaml
 from vlm.errors import UserError
+from vlm.locks import only_process
 from vlm.run import CONFIG, RESULT, RunConfig
-from vlm.studies.run import find_study, run_study
+from vlm.studies.run import Place, find_study, run_study
 
 STUDY = """
 question: How many pairs?
@@ -66,20 +67,23 @@ def test_a_study_ends_with_its_table_figure_and_curve(study: Path, capsys: pytes
     assert "How many pairs?" in printed and "tensorboard --logdir runs/mine" in printed
 
 
-def test_a_failed_run_costs_only_its_own_scores_and_the_same_command_mends_it(
+def test_a_failed_run_costs_only_its_own_scores_and_is_tried_again_when_asked(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = study.parent / "root" / "broken"
     broken.touch()
     with pytest.raises(SystemExit) as ended:
-        run_study(str(study / "study.yaml"), Path("out"), 2, [], work=guess)
+        run_study(str(study / "study.yaml"), Path("out"), Place(at_once=2), work=guess)
     assert ended.value.code == 1
     printed = capsys.readouterr().out
-    assert "2 failed, 0 skipped" in printed and "error: nlvr2/test1.json: no such file" in printed
+    assert "2 failed, 0 interrupted, 0 skipped" in printed and "error: nlvr2/test1.json: no such file" in printed
     assert "NLVR2" not in Path("out/table.md").read_text()
     assert "| all | 70.0 |" in Path("out/table.md").read_text()
     broken.unlink()
-    run_study(str(study), Path("out"), 2, [], work=guess)
+    with pytest.raises(SystemExit):
+        run_study(str(study), Path("out"), Place(at_once=2), work=guess)
+    assert "2 failed before and are left alone; --retry-failed" in capsys.readouterr().out
+    run_study(str(study), Path("out"), Place(at_once=2), retry_failed=True, work=guess)
     assert "4 of 6 runs are finished already" in capsys.readouterr().out
     assert "| all | 70.0 | 70.0 |" in Path("out/table.md").read_text()
 
@@ -90,6 +94,21 @@ def test_missing_data_is_told_before_any_run_starts(study: Path) -> None:
         run_study(str(study), work=guess)
     assert not list(Path("runs").rglob(CONFIG))
     assert not multiprocessing.active_children()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_run_starts(study: Path) -> None:
+    (study.parent / "file").touch()
+    with pytest.raises(UserError, match="file/out: cannot be written to"):
+        run_study(str(study), study.parent / "file" / "out", work=guess)
+    assert not multiprocessing.active_children()
+
+
+def test_two_processes_never_work_on_one_study(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm.locks.only_process.__wrapped__.__defaults__", (0.1,))
+    Path("out").mkdir()
+    with only_process(Path("out"), "study"), pytest.raises(UserError, match="another process works on this study"):
+        run_study(str(study), Path("out"), work=guess)
+    run_study(str(study), Path("out"), work=guess)
 
 
 def test_an_unknown_study_is_told_with_the_near_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from vlm.errors import UserError
 from vlm.labelling import LabellingConfig
 from vlm.labelling.labelling import Job, Outcome, Worker
+from vlm.ray_cluster import connect
 
 
 def on_ray(
@@ -23,19 +24,9 @@ def on_ray(
     `address`: a running cluster ("auto" finds the one of this machine); None starts one here. Every node must see the
     shards and the vocabulary under the same paths. A worker takes one GPU where the cluster has some, else one core.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise UserError("--on ray needs Ray: pip install 'vlm-less-supervision[ray]'") from None
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a worker without a GPU keeps its environment
+    ray, started = connect(address)
+    importlib.import_module("ray.data")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    started = not ray.is_initialized()
-    if started:
-        try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        except ConnectionError as error:
-            raise UserError(f"--address {address}: no Ray cluster answers ({str(error).splitlines()[0]})") from None
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the bar of `label_shards` counts images
     try:
@@ -44,7 +35,7 @@ def on_ray(
         at_once = min(workers or gpus or int(resources.get("CPU", 1)), len(numbers))
         rows = ray.data.from_items([{"shard": number} for number in numbers], override_num_blocks=len(numbers))
         labelled = rows.map(
-            RayWorker,  # type: ignore[arg-type]  # a class is a callable that keeps its state
+            RayWorker,
             fn_constructor_args=(str(job.shards.resolve()), job.config.model_dump_json()),
             compute=ray.data.ActorPoolStrategy(size=at_once),
             num_gpus=1 if gpus else 0,

@@ -6,15 +6,25 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vlm.config import Composer, Config, ConfigError, Fingerprints, Setting, did_you_mean
 from vlm.run import RESULT, RunConfig
+
+
+class ResourcesConfig(Config):
+    """What one job asks of a cluster. On one machine the jobs share cores and GPUs evenly instead."""
+
+    cpus: PositiveInt | None = None  # None: one
+    gpus: NonNegativeInt | None = None  # None: `trainer.devices`, where there are GPUs
+    memory_gib: PositiveFloat | None = None  # None: not limited by the study
+    hours: PositiveFloat | None = None  # None: a day; SLURM takes a job that needs longer up again
+
 
 Labelled = str | int | float  # a value as a label shows it
 NamedValues = dict[str, dict[str, Any]]
@@ -32,6 +42,7 @@ class StageConfig(Config):
     grid: dict[str, tuple[Any, ...] | NamedValues] = Field({})
     exclude: tuple[dict[str, Labelled | tuple[Labelled, ...]], ...] = ()  # places: label -> value, or any of several
     seeds: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)  # None: the study's
+    resources: ResourcesConfig = ResourcesConfig()  # in place of the study's, one by one
 
     @model_validator(mode="after")
     def _every_axis_has_values(self) -> StageConfig:
@@ -78,6 +89,8 @@ class StudyConfig(Config):
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1)
     stages: dict[str, StageConfig] = Field(min_length=1)
     figure: FigureConfig = FigureConfig()
+    retries: NonNegativeInt = 1  # further attempts at a job that failed by its own error
+    resources: ResourcesConfig = ResourcesConfig()
     dry_run: DryRunConfig = DryRunConfig()
 
     @model_validator(mode="after")
@@ -112,6 +125,7 @@ class Job:
     config: RunConfig
     upstream: Mapping[str, Job]
     labels: Mapping[str, str]
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
 
     @property
     def folder(self) -> Path:
@@ -130,12 +144,18 @@ class Job:
 
 
 def plan(
-    study: StudyConfig, folder: Path, overrides: Sequence[str] = (), config_folder: Path | None = None
+    study: StudyConfig,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    config_folder: Path | None = None,
+    forced: Sequence[str] = (),
 ) -> list[Job]:
     """All jobs, upstream ones first, each validated; nothing is written.
 
-    `overrides` hold for every run, or for those of one stage as `stage:key=value`.
+    `overrides` hold for every run, or for those of one stage as `stage:key=value`. `forced` ones may be of what the
+    study varies, too.
     """
+    _refuse_unknown_stages(study, [*overrides, *forced])
     _refuse_varied_keys(study, overrides)
     composer, fingerprints = Composer(RunConfig, config_folder), Fingerprints()
     runs = folder.resolve() / "runs"
@@ -148,6 +168,8 @@ def plan(
             Setting("trainer.progress", False),
         ]
         places = _places(stage)
+        asked = stage.resources.model_dump(exclude_unset=True)
+        resources = study.resources.model_copy(update=asked)
         jobs[name] = []
         known: dict[str, dict[str, None]] = {}  # label -> the values that places have
         for seed in stage.seeds or study.seeds:
@@ -167,7 +189,7 @@ def plan(
                     raise ConfigError(f"stage {name} ({shown}): {error}") from None
                 identity = f"{name}-{fingerprints.of(config)}"
                 config = config.model_copy(update={"folder": runs / identity})
-                jobs[name].append(Job(name, identity, config, upstream, labels))
+                jobs[name].append(Job(name, identity, config, upstream, labels, resources))
         _check_exclude(name, stage, known)
         if not jobs[name]:
             raise ConfigError(f"stages.{name}: no upstream run passes, or all places are excluded, so it has no run")
@@ -258,12 +280,17 @@ def _check_exclude(name: str, stage: StageConfig, known: Mapping[str, Mapping[st
                     raise ConfigError(f"{where}: no run has {value!r}. {did_you_mean(value, known[label])}")
 
 
+def _refuse_unknown_stages(study: StudyConfig, overrides: Sequence[str]) -> None:
+    for override in overrides:
+        stage = override.split("=")[0].rpartition(":")[0]
+        if stage and stage not in study.stages:
+            raise ConfigError(f"override {override!r}: unknown stage. {did_you_mean(stage, study.stages)}")
+
+
 def _refuse_varied_keys(study: StudyConfig, overrides: Sequence[str]) -> None:
     """An override of what the study itself varies would make its points the same."""
     for override in overrides:
         stage_name, _, rest = override.rpartition(":") if ":" in override.split("=")[0] else ("", "", override)
-        if stage_name and stage_name not in study.stages:
-            raise ConfigError(f"override {override!r}: unknown stage. {did_you_mean(stage_name, study.stages)}")
         key = rest.split("=")[0].lstrip("+~")
         for name, stage in study.stages.items():
             if stage_name in ("", name):

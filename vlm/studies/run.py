@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
 from vlm.config import did_you_mean, dump_yaml, fingerprint, load_yaml
 from vlm.errors import UserError
+from vlm.locks import only_process
 from vlm.run import write_atomically
 from vlm.studies import curves
 from vlm.studies.collect import collect, write_csv
+from vlm.studies.driver import Launcher, Outcome, drive
 from vlm.studies.launchers import local
 from vlm.studies.plan import Job, StudyConfig, distinct, plan
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from vlm.studies.work import LOG, PASSING, train
 
 STUDY = "study.yaml"
 
@@ -45,13 +45,43 @@ def find_study(name_or_path: str) -> Path:
     raise UserError(f"unknown study {name_or_path!r}, and no such file. {did_you_mean(name_or_path, known)}")
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the jobs of a study run."""
+
+    on: str = "local"  # or ray, slurm, or submitit, which runs the jobs of slurm as processes
+    at_once: int | None = None
+    address: str | None = None  # of a Ray cluster
+    options: Mapping[str, str] = field(default_factory=dict)  # of sbatch
+
+    def launcher(self, jobs: Sequence[Job], folder: Path, work: Callable[[Path], None] | None = None) -> Launcher:
+        if self.on == "ray":
+            from vlm.studies.launchers.ray import RayLauncher
+
+            return RayLauncher(self.address, self.at_once, work or train)
+        if self.on in ("slurm", "submitit"):
+            from vlm.studies.launchers.slurm import SlurmLauncher
+
+            cluster = "slurm" if self.on == "slurm" else "local"
+            return SlurmLauncher(folder, cluster, self.options, self.at_once, work)
+        return local.LocalLauncher(jobs, self.at_once, work or train)
+
+
+def load_study(name_or_path: str, folder: Path | None) -> tuple[StudyConfig, Path]:
+    """A study and the folder that its runs go to."""
+    file = find_study(name_or_path)
+    usual = Path("runs") / (file.parent.name if file.name == STUDY else file.stem)
+    return load_yaml(file, StudyConfig), folder or usual
+
+
 def run_study(
     name_or_path: str,
     folder: Path | None = None,
-    jobs: int | None = None,
+    place: Place = Place(),  # frozen
     overrides: Sequence[str] = (),
     config_folder: Path | None = None,
-    work: Callable[[Path], None] = local.train,
+    retry_failed: bool = False,
+    work: Callable[[Path], None] | None = None,
 ) -> None:
     """Run what is missing of a study, then write its table, figure and TensorBoard events, and print the table.
 
@@ -59,35 +89,61 @@ def run_study(
     """
     start = time.monotonic()
     console = Console()
-    file = find_study(name_or_path)
-    study = load_yaml(file, StudyConfig)
-    folder = folder or Path("runs") / (file.parent.name if file.name == STUDY else file.stem)
+    study, folder = load_study(name_or_path, folder)
     planned = plan(study, folder, overrides, config_folder)
     unfinished = [job for job in distinct(planned) if not job.is_finished]
     console.print(
         f"[bold]{escape(study.question)}[/bold]\n{len(distinct(planned))} runs in {folder / 'runs'}", highlight=False
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / STUDY, dump_yaml(study))
-    if unfinished:
-        local.warm_up(jobs, planned)
-        prepare_data(unfinished)
-        require_weights(unfinished)
-    try:
-        outcome = local.launch(planned, jobs, work, console)
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command continues.")
-        raise
-    show(study, planned, folder, console)
+    make_folder(folder)
+    with only_process(folder, "study"):
+        write_atomically(folder / STUDY, dump_yaml(study))
+        if unfinished:
+            if place.on == "local":
+                local.warm_up(place.at_once, planned)
+            prepare_data(unfinished)
+            require_weights(unfinished)
+        try:
+            launcher = place.launcher(planned, folder, work)
+            outcome = drive(planned, launcher, study.retries, retry_failed, console)
+        except KeyboardInterrupt:
+            left = "The jobs stay in the queue; scancel ends them. " if place.on == "slurm" else ""
+            console.print(f"Stopped. {left}The same command continues.")
+            raise
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            raise UserError(f"{error.filename or folder}: {error.strerror}. The same command continues") from None
+        show(study, planned, folder, console)
     console.print(f"{round((time.monotonic() - start) / 60, 1)} minutes", highlight=False)
-    if outcome.failed:
-        failed = [job for job in distinct(planned) if job.id in outcome.failed]
-        for job in failed:
-            where = f"{escape(job.title)} ({job.folder / local.LOG})"
-            console.print(f"\n[red]failed[/red] {where}", highlight=False, soft_wrap=True)
-            console.print(outcome.failed[job.id], markup=False, highlight=False, soft_wrap=True)
-        console.print(f"\n{len(failed)} failed, {len(outcome.skipped)} skipped. The same command tries again.")
-        raise SystemExit(1)
+    report_unfinished(planned, outcome, console)
+
+
+def report_unfinished(planned: Sequence[Job], outcome: Outcome, console: Console) -> None:
+    """Say why runs are missing, and what to do; then exit with status 1."""
+    reasons = outcome.failed | outcome.interrupted
+    if not reasons:
+        return
+    for job in distinct(planned):
+        if job.id in reasons:
+            word = "failed" if job.id in outcome.failed else "interrupted"
+            where = f"{escape(job.title)} ({job.folder / LOG})"
+            console.print(f"\n[red]{word}[/red] {where}", highlight=False, soft_wrap=True)
+            console.print(reasons[job.id], markup=False, highlight=False, soft_wrap=True)
+    counts = f"{len(outcome.failed)} failed, {len(outcome.interrupted)} interrupted, {len(outcome.skipped)} skipped."
+    again = "--retry-failed tries the failed ones again." if outcome.failed else "The same command continues."
+    console.print(f"\n{counts} {again}")
+    raise SystemExit(1)
+
+
+def make_folder(folder: Path) -> None:
+    """The folder, which must be there and writable before the first run starts."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ".written", "")
+        (folder / ".written").unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}). Choose another --folder") from None
 
 
 def prepare_data(jobs: Sequence[Job]) -> None:

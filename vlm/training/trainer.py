@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +33,7 @@ EXPECTED_WARNINGS = (
     ".isinstance.treespec, LeafSpec.. is deprecated",  # inside Lightning, with newer torch
     "You're resuming from a checkpoint that ended before the epoch ended",  # our loader starts at the right batch
     "Found .* module.s. in eval mode at the start of training",  # frozen encoders are to be
+    "The .srun. command is available on your system but is not used",  # a study on a login node
     "The number of training batches .* is smaller than the logging interval",
 )
 
@@ -73,6 +77,7 @@ def build_trainer(config: RunConfig, num_steps: int) -> lightning.Trainer:
         )
     # After the best one, so that its state in `last.ckpt` knows the validation of the same step.
     callbacks.append(_SaveLast(folder / "last.ckpt", options.checkpoint_every_steps, validate_every))
+    callbacks.append(TellProgress(folder / "progress.json", num_steps, options.batch_size))
     if options.progress:
         callbacks.append(TQDMProgressBar(refresh_rate=5))
     strategy = options.strategy
@@ -142,6 +147,35 @@ class _SaveLast(Checkpoint):
     def _save(self, trainer: lightning.Trainer) -> None:
         trainer.save_checkpoint(self.file)
         self.saved = trainer.global_step
+
+
+class TellProgress(Callback):
+    """Writes the step and the rate into a small file now and then, for who watches many runs at once."""
+
+    every_seconds = 2.0
+    examples_per_second: float | None = None  # over the whole training; None before its second step
+
+    def __init__(self, file: Path, num_steps: int, batch_size: int) -> None:
+        self.file, self.num_steps, self.batch_size = file, num_steps, batch_size
+        self.first: tuple[int, float] | None = None
+        self.told: tuple[int, float] | None = None
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        now, step = time.monotonic(), trainer.global_step
+        self.first, self.told = self.first or (step, now), self.told or (step, now)
+        if step > self.first[0]:
+            seconds = now - self.first[1]
+            self.examples_per_second = round((step - self.first[0]) * self.batch_size / seconds, 1)
+        before, then = self.told
+        if now - then < self.every_seconds or not trainer.is_global_zero:
+            return
+        self.told = step, now
+        rate = round((step - before) * self.batch_size / (now - then), 1)
+        told = {"step": step, "steps": self.num_steps, "batch_size": self.batch_size, "examples_per_second": rate}
+        with contextlib.suppress(OSError):  # a full disk stops a run where it must write, not here
+            partial = self.file.with_name(f".{self.file.name}")
+            partial.write_text(json.dumps(told))
+            partial.replace(self.file)
 
 
 def _uses_all(config: RunConfig) -> bool:

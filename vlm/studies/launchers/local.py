@@ -8,7 +8,6 @@ with a clean state, and dies alone. The server is single-threaded, and CUDA is f
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import shutil
@@ -18,23 +17,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
 from pathlib import Path
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.markup import escape
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-
-from vlm.config import dump_yaml, load_yaml
 from vlm.errors import UserError
-from vlm.run import CONFIG, RESULT, RunConfig, resume, write_atomically
+from vlm.studies.driver import Attempt, Launcher
 from vlm.studies.plan import Job, distinct
+from vlm.studies.work import Ending, ending, log_size, run_logged, train
 
-LOG = "log.txt"
 IMPORTED_ONCE = [
     "vlm.run",
     "vlm.evaluation",
@@ -44,16 +36,6 @@ IMPORTED_ONCE = [
     "torch.utils.tensorboard",
 ]
 GRACE_SECONDS = 5.0  # between asking a process to end and killing it
-LOG_LINES = 8  # of a failed job that are shown
-
-
-@dataclass
-class Outcome:
-    """How the jobs ended, by their ids."""
-
-    finished: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)  # why, and the last lines of the log
-    skipped: list[str] = field(default_factory=list)  # they needed one that failed
 
 
 @dataclass(frozen=True)
@@ -65,77 +47,50 @@ class Slot:
 
     @property
     def environment(self) -> dict[str, str]:
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        environment = dict.fromkeys(names, str(self.threads)) | {"TOKENIZERS_PARALLELISM": "false"}
+        environment = thread_variables(self.threads)
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for GPUs must not start CUDA before the fork
         return environment | {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else environment
 
 
 @dataclass
-class _Running:
-    job: Job
-    slot: Slot
-    process: ForkServerProcess | SpawnProcess
-    log_start: int  # where this attempt begins in the log
-    start: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
+class _Running(Attempt):
+    slot: Slot | None = None
+    process: ForkServerProcess | SpawnProcess | None = None
 
 
-def train(folder: Path) -> None:
-    """The work of a job: what `vlm train FOLDER` does."""
-    if load_yaml(folder / CONFIG, RunConfig).trainer.world_size > 1:
-        # For further ranks Lightning repeats the command line of its process, which must then be this run's.
-        sys.exit(subprocess.run([sys.executable, "-m", "vlm.cli", "train", str(folder)]).returncode)
-    resume(folder)
+class LocalLauncher(Launcher):
+    """Runs jobs as processes. Whatever ends this process ends them too."""
 
+    def __init__(self, jobs: Sequence[Job], at_once: int | None = None, work: Callable[[Path], None] = train) -> None:
+        self.work = work
+        self.slots = list(machine_slots(jobs, at_once))
+        self.capacity = len(self.slots)
 
-def launch(
-    jobs: Sequence[Job],
-    at_once: int | None = None,
-    work: Callable[[Path], None] = train,
-    console: Console | None = None,
-) -> Outcome:
-    """Run what is not finished yet, each job after those it starts from.
+    def start(self, jobs: Sequence[Job]) -> list[Attempt]:
+        return [self._start(job, self.slots.pop(0)) for job in jobs]
 
-    A job is finished once its result file exists; so the same call continues where a killed one stopped. One that
-    fails stops only those that start from it. Whatever ends this process ends the running jobs too.
-    """
-    jobs = distinct(jobs)
-    slots = list(machine_slots(jobs, at_once))
-    waiting = [job for job in jobs if not job.is_finished]
-    outcome = Outcome(finished=[job.id for job in jobs if job.is_finished])
-    running: list[_Running] = []
-    board = _Board(jobs, len(slots), console or Console())
-    try:
-        with board:
-            while waiting or running:
-                for job in list(waiting):
-                    needed = [start.id for start in job.upstream.values()]
-                    if any(start in outcome.failed or start in outcome.skipped for start in needed):
-                        waiting.remove(job)
-                        outcome.skipped.append(job.id)
-                        board.unfinished += 1
-                    elif slots and all(start in outcome.finished for start in needed):
-                        waiting.remove(job)
-                        running.append(_start(job, slots.pop(0), work))
-                        board.started(job)
-                board.show(waiting, running)
-                connection.wait([one.process.sentinel for one in running], timeout=board.refresh_seconds)
-                for one in [one for one in running if one.process.exitcode is not None]:
-                    running.remove(one)
-                    slots.append(one.slot)
-                    if one.job.is_finished:
-                        outcome.finished.append(one.job.id)
-                        board.finished(one)
-                    else:
-                        outcome.failed[one.job.id] = _failure(one)
-                        board.failed(one)
-    finally:
-        _stop([one.process for one in running])
-    return outcome
+    def wait(self, attempts: Sequence[Attempt], seconds: float) -> None:
+        connection.wait([_process(one).sentinel for one in attempts], timeout=seconds)
+
+    def ending(self, attempt: Attempt) -> Ending | None:
+        status = _process(attempt).exitcode
+        if status is None:
+            return None
+        assert isinstance(attempt, _Running) and attempt.slot is not None
+        self.slots.append(attempt.slot)
+        return ending(attempt.job, status, attempt.log_start)
+
+    def stop(self, attempts: Sequence[Attempt]) -> None:
+        _stop([_process(one) for one in attempts])
+
+    def _start(self, job: Job, slot: Slot) -> Attempt:
+        begin = log_size(job.folder)
+        # Not daemonic: the job's data loader may have processes of its own.
+        process = _context().Process(target=_child, args=(job.folder, self.work, slot.environment))
+        with _environment(slot.environment):
+            forkserver.set_forkserver_preload(IMPORTED_ONCE)
+            process.start()
+        return _Running(job, begin, slot=slot, process=process)
 
 
 def warm_up(at_once: int | None, jobs: Sequence[Job]) -> None:
@@ -163,6 +118,12 @@ def machine_slots(jobs: Sequence[Job], at_once: int | None) -> Iterator[Slot]:
         yield Slot(max(1, cores // number), tuple(chosen))
 
 
+def thread_variables(threads: int) -> dict[str, str]:
+    """What libraries read their number of threads from, as they are loaded."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return dict.fromkeys(names, str(threads)) | {"TOKENIZERS_PARALLELISM": "false"}
+
+
 def num_cores() -> int:
     """Cores that this process may use: its affinity, and the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -184,23 +145,6 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
 
 
-def remaining_seconds(
-    known: Mapping[str, Sequence[float]], waiting: Sequence[str], running: Sequence[tuple[str, float]], num_slots: int
-) -> float | None:
-    """An estimate from finished jobs: `known` seconds by stage, `waiting` stages, `running` stages with seconds so far.
-
-    A stage that has no finished job counts as the mean of all that have; None before the first.
-    """
-    everything = [seconds for of_stage in known.values() for seconds in of_stage]
-    if not everything:
-        return None
-    means = {stage: sum(seconds) / len(seconds) for stage, seconds in known.items() if seconds}
-    usual = sum(everything) / len(everything)
-    left = [max(means.get(stage, usual) - seconds, 0.0) for stage, seconds in running]
-    total = sum(left) + sum(means.get(stage, usual) for stage in waiting)
-    return max(total / num_slots, *left, 0.0)
-
-
 # --- Processes -------------------------------------------------------------------------------------------------------
 
 
@@ -210,17 +154,9 @@ def _context() -> ForkServerContext | SpawnContext:
     return multiprocessing.get_context("spawn")
 
 
-def _start(job: Job, slot: Slot, work: Callable[[Path], None]) -> _Running:
-    job.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(job.folder / CONFIG, dump_yaml(job.config))
-    log = job.folder / LOG
-    log_start = log.stat().st_size if log.is_file() else 0
-    # Not daemonic: the job's data loader may have processes of its own.
-    process = _context().Process(target=_child, args=(job.folder, work, slot.environment))
-    with _environment(slot.environment):
-        forkserver.set_forkserver_preload(IMPORTED_ONCE)
-        process.start()
-    return _Running(job, slot, process, log_start)
+def _process(attempt: Attempt) -> ForkServerProcess | SpawnProcess:
+    assert isinstance(attempt, _Running) and attempt.process is not None
+    return attempt.process
 
 
 def _child(folder: Path, work: Callable[[Path], None], environment: Mapping[str, str]) -> None:
@@ -228,17 +164,10 @@ def _child(folder: Path, work: Callable[[Path], None], environment: Mapping[str,
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # ctrl-C reaches the study alone, and a signal to the group reaches the job's own children
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     os.environ.update(environment)
     if "torch" in sys.modules:  # imported by the server, perhaps for another number of threads
         sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    try:
-        work(folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_logged(folder, work))
 
 
 def _end_with_parent() -> None:
@@ -286,87 +215,3 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _failure(ended: _Running) -> str:
-    code = ended.process.exitcode or 0
-    reason = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}, no {RESULT}"
-    log = ended.job.folder / LOG
-    text = log.read_bytes()[ended.log_start :].decode(errors="replace") if log.is_file() else ""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    return "\n".join([reason, *lines[-LOG_LINES:]])
-
-
-# --- What is shown meanwhile -----------------------------------------------------------------------------------------
-
-
-class _Board:
-    """A line for each job that ends; in a terminal also a bar over all and the running jobs, in a log their starts."""
-
-    def __init__(self, jobs: Sequence[Job], num_slots: int, console: Console) -> None:
-        self.console = console
-        self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-        self.refresh_seconds = 0.25 if self.live else 1.0
-        self.num_slots = num_slots
-        self.total = len(jobs)
-        self.known: dict[str, list[float]] = {}
-        self.begin = time.monotonic()
-        for job in jobs:
-            if job.is_finished:
-                seconds = json.loads((job.folder / RESULT).read_text()).get("seconds")
-                self.known.setdefault(job.stage, []).extend([] if seconds is None else [seconds])
-        self.done = sum(job.is_finished for job in jobs)
-        self.unfinished = 0  # failed or skipped
-        if self.done:
-            console.print(f"{self.done} of {self.total} runs are finished already.")
-
-    def __enter__(self) -> _Board:
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
-
-    def started(self, job: Job) -> None:
-        if not self.live:
-            self._line("started ", job)
-
-    def finished(self, one: _Running) -> None:
-        self.done += 1
-        self.known.setdefault(one.job.stage, []).append(one.seconds)
-        self._line("[green]finished[/green]", one.job, f"in {_clock(one.seconds)}")
-
-    def failed(self, one: _Running) -> None:
-        self.unfinished += 1
-        self._line("[red]failed  [/red]", one.job, f"after {_clock(one.seconds)}; what starts from it is skipped")
-
-    def show(self, waiting: Sequence[Job], running: Sequence[_Running]) -> None:
-        if not self.live:
-            return
-        now = [(one.job.stage, one.seconds) for one in running]
-        left = remaining_seconds(self.known, [job.stage for job in waiting], now, self.num_slots)
-        overall = Table.grid(padding=(0, 1))
-        overall.add_row(
-            ProgressBar(self.total, self.done + self.unfinished, width=40),
-            f"{self.done}/{self.total} runs",
-            f"{_clock(time.monotonic() - self.begin)} passed",
-            f"about {_clock(left)} left" if left is not None else "",
-        )
-        lines = Table.grid(padding=(0, 2))
-        for one in running:
-            lines.add_row(f"  {escape(one.job.title)}", _clock(one.seconds), style="dim")
-        self.live.update(Group(overall, lines), refresh=True)
-
-    def _line(self, word: str, job: Job, rest: str = "") -> None:
-        count = f"[{self.done + self.unfinished}/{self.total}]"
-        self.console.print(
-            f"{escape(count)} {word} {escape(job.title)} {rest}".rstrip(), highlight=False, soft_wrap=True
-        )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
