@@ -24,7 +24,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -51,6 +51,8 @@ from vlm.types import Record
 
 FORMAT = 1  # raise it when equal releases and options give other bytes than before
 MAX_SCANS = 256
+Check = Callable[[Pieces, int, int], None]  # refuses what pieces of some partitions, first to before last, say together
+PARTITIONS_AT_ONCE = 64  # that are checked in one go
 NUM_KEPT_PROBLEMS = 100  # for the printed report; the list has all
 CONTINUE = "Run the same command again: what is finished is kept"
 
@@ -118,6 +120,8 @@ class Plan:
     validation: str = "add its images to the release"  # how to get that split, where there is none
     balanced: int | None = None  # images a class of train; 0, and in validation: as many as the smallest class has
     details: Mapping[str, Any] | None = None  # for the manifest
+    chosen: str = ""  # what the preparer made of the folder; an error says it where too many images are lost
+    check: Check | None = None  # before any image is read
 
 
 def chunks(things: Sequence[Any], number: int = MAX_SCANS) -> Iterator[Sequence[Any]]:
@@ -165,6 +169,7 @@ class _Preparation:
     def run(self, target: Path) -> None:
         scans = self.scan()
         buckets = self.cut(scans)
+        self.check(scans)
         self.write(buckets)
         report = self.report(scans, buckets)
         self.refuse_too_many_lost(report, target, buckets, scans)
@@ -213,6 +218,19 @@ class _Preparation:
                 buckets.append(bucket)
         return buckets
 
+    def check(self, scans: list[Path]) -> None:
+        """Once more after an interruption: it takes little beside the images."""
+        if self.plan.check is None:
+            return
+        pieces = Pieces.of(scans)
+        todo = [
+            (self.plan.check, pieces, first, first + PARTITIONS_AT_ONCE)
+            for first in range(0, PARTITIONS, PARTITIONS_AT_ONCE)
+        ]
+        with progress_bar(self.options.progress, "parts") as bar:
+            shown = bar.add_task("checking", total=len(todo))
+            self.pool.run(_check, todo, lambda count: bar.advance(shown, count))
+
     def write(self, buckets: list[_Bucket]) -> None:
         for leftover in (self.work / "shards").glob(".*"):  # of a call that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -259,10 +277,11 @@ class _Preparation:
                 f"{self.options.source}: none of the {report.listed:,} examples{tables} can be used; {kept} says why. "
                 f"Are the images those of this release? {self.plan.expected}"
             )
+        chosen = f". {self.plan.chosen}" * bool(self.plan.chosen)
         raise UserError(
             f"{self.options.source}: {report.lost:,} of {report.listed:,} images are missing or unreadable "
             f"({share:.4%}); --max-missing {self.options.max_missing:g} allows fewer. {kept} names them all. Download "
-            "them again, or raise it; the shards are kept, and the same command continues"
+            f"them again, or raise it; the shards are kept, and the same command continues{chosen}"
         )
 
     def write_lists(self, report: ImageTextReport, folder: Path, buckets: list[_Bucket], scans: list[Path]) -> None:
@@ -351,6 +370,12 @@ def _scan(task: tuple[Scan, Path]) -> None:
     os.replace(making, folder)
 
 
+def _check(task: tuple[Check, Pieces, int, int]) -> None:
+    check, pieces, first, last = task
+    check(pieces, first, last)
+    tick()
+
+
 def _ignore(_: object) -> None:
     pass
 
@@ -375,11 +400,8 @@ class _Bucket:
 
 def _write(bucket: _Bucket) -> None:
     """Write one bucket as a shard folder of one tar, which appears whole, with its lists beside it."""
-    originals = Originals(bucket.source)
-    try:
+    with closing(Originals(bucket.source)) as originals:
         write_ordered_shards(_records(bucket, originals), bucket.folder, examples_per_shard=1 << 62)
-    finally:
-        originals.close()
 
 
 def _records(bucket: _Bucket, originals: Originals) -> Iterator[Record]:

@@ -7,7 +7,7 @@ import os
 import re
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,6 +112,14 @@ def _listing(source: Path, folder: str) -> Listing:
 def stem_and_suffix(name: str) -> tuple[str, str]:
     stem, suffix = os.path.splitext(name)
     return stem, suffix.lower()
+
+
+def groups(source: Path, folders: Sequence[str], tars: Sequence[str], report: Report) -> Iterator[dict[str, Location]]:
+    """Files and members that share a stem (suffix -> place), of all the folders and then of all the tars."""
+    for read, names in ((folder_groups, folders), (tar_groups, tars)):
+        for name in names:
+            for _, group in read(source, name, report):
+                yield group
 
 
 def folder_groups(source: Path, folder: str, report: Report) -> Iterator[tuple[str, dict[str, Location]]]:

@@ -150,6 +150,15 @@ class Pieces:
                 if any(piece.listed for piece in keys[key]):
                     yield key, keys[key]
 
+    def two_images(self, first: int, last: int) -> tuple[str, Location, Location] | None:
+        """A key that pieces give to different images, of whichever split, and the first two of them."""
+        for start, end in self._steps(first, last):
+            images: dict[str, Location] = {}
+            for piece in self.between(start, end):
+                if piece.image is not None and (former := images.setdefault(piece.key, piece.image)) != piece.image:
+                    return piece.key, former, piece.image
+        return None
+
     def _steps(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Parts of a range that hold no more than `STEP_BYTES` of lines each, or are one partition."""
         before = np.zeros(PARTITIONS + 1, dtype=np.int64)
