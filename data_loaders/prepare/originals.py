@@ -8,6 +8,7 @@ import re
 import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl")
 MAX_IMAGE_BYTES = 1 << 28  # 256 MB
 MAX_TEXT_BYTES = 1 << 24  # of a text beside an image
 MAX_OPEN_FILES = 64
+MAX_BYTES_AHEAD = 1 << 20  # of one image
 CUT_OFF = "cut off or damaged"
 
 
@@ -211,6 +213,13 @@ class Originals:
     def image(self, location: Location) -> bytes:
         """The encoded image; `ImageError` where it cannot be had."""
         return self.read(location, MAX_IMAGE_BYTES)
+
+    def expect(self, location: Location) -> None:
+        """Tell the system of a place in an archive that will be read soon."""
+        if location.size > 0 and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # whoever reads it gets the error
+                size = min(location.size, MAX_BYTES_AHEAD)
+                os.posix_fadvise(self._descriptor(location.file), location.offset, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, location: Location, max_bytes: int) -> bytes:
         name, size = location.name, location.size
