@@ -14,6 +14,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,8 @@ from data_loaders.prepare.originals import (
     Originals,
     Problem,
     Report,
-    folder_groups,
+    groups,
     numbered_images,
-    tar_groups,
 )
 from data_loaders.prepare.pieces import Location, Piece, drawn_split
 from vlm.errors import UserError
@@ -215,16 +215,11 @@ class DownloadScan:
         return [self.source / name for name in (*self.folders, *self.tars)]
 
     def pieces(self, report: Report, scratch: Path) -> Iterator[Piece]:
-        originals = Originals(self.source)
-        try:
-            for read, names in ((folder_groups, self.folders), (tar_groups, self.tars)):
-                for name in names:
-                    for _, group in read(self.source, name, report):
-                        image = next((place for suffix, place in group.items() if suffix in IMAGE_SUFFIXES), None)
-                        if image is not None and (url := _url(group.get(".json"), image, originals, report)):
-                            yield Piece(url_key(url), image=image)
-        finally:
-            originals.close()
+        with closing(Originals(self.source)) as originals:
+            for group in groups(self.source, self.folders, self.tars, report):
+                image = next((place for suffix, place in group.items() if suffix in IMAGE_SUFFIXES), None)
+                if image is not None and (url := _url(group.get(".json"), image, originals, report)):
+                    yield Piece(url_key(url), image=image)
 
 
 def _url(place: Location | None, image: Location, originals: Originals, report: Report) -> str:

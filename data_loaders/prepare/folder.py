@@ -8,7 +8,8 @@
   space. Any folder above it may name the split.
 
 A path that begins with `train`, `val` or `validation` decides the split, and so does `table.split`; otherwise the hash
-of the key keeps `validation_fraction` for validation. A key is made of the image's path, unless `table.key` gives one.
+of the key keeps `validation_fraction` for validation. A key is made of the image's path, unless `table.key` gives one;
+rows of one key must be about one image.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -26,7 +28,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from data_loaders.decoding import ImageError
-from data_loaders.prepare.image_text import ImageTextConfig, Options, Plan, Scan, chunks, prepare_image_text
+from data_loaders.prepare.image_text import Check, ImageTextConfig, Options, Plan, Scan, chunks, prepare_image_text
 from data_loaders.prepare.originals import (
     IMAGE_SUFFIXES,
     MAX_TEXT_BYTES,
@@ -34,12 +36,11 @@ from data_loaders.prepare.originals import (
     Originals,
     Problem,
     Report,
-    folder_groups,
+    groups,
     listings,
     stem_and_suffix,
-    tar_groups,
 )
-from data_loaders.prepare.pieces import Location, Piece, drawn_split
+from data_loaders.prepare.pieces import Location, Piece, Pieces, drawn_split
 from data_loaders.shards import KEY_PATTERN
 from vlm.config import Config
 from vlm.errors import UserError
@@ -52,6 +53,11 @@ SPLIT_NAMES = {
     "valid": "validation",
     "validation": "validation",
     "dev": "validation",
+}
+LAYOUTS = {
+    "table": "the rows of table.file",
+    "sidecars": "a text beside each image",
+    "class_folders": "folders named after classes",
 }
 REMEDY = "Mend the file"
 MAX_KEY_LENGTH = 95  # with a suffix it is a name in a tar, which holds 100 letters
@@ -93,6 +99,7 @@ def prepare_folder(config: FolderPreparerConfig, options: Options) -> None:
     tars: list[str] = []
     tables: list[str] = []
     scans: list[Scan]
+    check: Check | None = None
     if layout == "table":
         table = config.table
         if table.file is None:
@@ -103,7 +110,8 @@ def prepare_folder(config: FolderPreparerConfig, options: Options) -> None:
             raise UserError("table.text, table.tags, table.classes: name at least one column of what to learn from")
         tables = [table.file.as_posix()]
         folders = tuple(folder.path for folder in found)
-        scans = [TableScan(options.source, table, config.validation_fraction, folders)]
+        scan = TableScan(options.source, table, config.validation_fraction, folders)
+        scans, check = [scan], scan.refuse_two_images_of_one_key if table.key else None
     else:
         scans = [_scan(layout, options, part, (), config) for part in chunks([f.path for f in found if f.images])]
         if layout == "sidecars":
@@ -111,9 +119,8 @@ def prepare_folder(config: FolderPreparerConfig, options: Options) -> None:
             scans += [_scan(layout, options, (), part, config) for part in chunks(tars)]
     only_classes = layout == "class_folders" or (layout == "table" and not (config.table.text or config.table.tags))
     part = config.part if config.part != "auto" else "unimodal" if only_classes else "pairs"
-    expected = _expected(layout, found)
-    if config.layout == "auto":
-        expected += f" layout=auto chose {layout}; layout= chooses another"
+    chosen = _chosen(config.layout, layout)
+    expected = f"{_expected(layout, found)} {chosen}"
     if layout == "class_folders":
         classes = {name for folder in found if folder.images and (name := _class_and_split(folder.parts)[0])}
         if len(classes) == 1:
@@ -123,7 +130,8 @@ def prepare_folder(config: FolderPreparerConfig, options: Options) -> None:
             )
     validation = "set validation_fraction above 0, or name it in table.split or in folders called val"
     licences = {"images and texts": config.licence}
-    prepare_image_text(Plan("folder", part, config, scans, licences, tables, tars, expected, validation), options)
+    plan = Plan("folder", part, config, scans, licences, tables, tars, expected, validation, chosen=chosen, check=check)
+    prepare_image_text(plan, options)
 
 
 def _scan(
@@ -140,6 +148,13 @@ def _expected(layout: str, found: Sequence[Listing]) -> str:
         "class_folders": "Expected folders that are named after classes, with images in them",
     }
     return f"{forms[layout]}.{zips}"
+
+
+def _chosen(asked: str, layout: str) -> str:
+    """How the folder was read, and how to have it read otherwise; for refusals."""
+    by = "layout=auto chose" if asked == "auto" else "The layout is"
+    others = " or ".join(f"layout={name}" for name in LAYOUTS if name != layout)
+    return f"{by} {layout} ({LAYOUTS[layout]}); {others} chooses another"
 
 
 def _has_sidecar(source: Path, folder: Listing) -> bool:
@@ -187,14 +202,9 @@ class FolderScan:
         return [self.source / name for name in (*self.folders, *self.tars)]
 
     def pieces(self, report: Report, scratch: Path) -> Iterator[Piece]:
-        originals = Originals(self.source)
-        try:
-            for read, names in ((folder_groups, self.folders), (tar_groups, self.tars)):
-                for name in names:
-                    for _, group in read(self.source, name, report):
-                        yield from self.group(group, originals, report)
-        finally:
-            originals.close()
+        with closing(Originals(self.source)) as originals:
+            for group in groups(self.source, self.folders, self.tars, report):
+                yield from self.group(group, originals, report)
 
     def group(self, group: Mapping[str, Location], originals: Originals, report: Report) -> Iterator[Piece]:
         images = [place for suffix, place in group.items() if suffix in IMAGE_SUFFIXES]
@@ -254,6 +264,30 @@ class TableScan:
         return [self.path, *(self.source / folder for folder in self.folders)]
 
     def pieces(self, report: Report, scratch: Path) -> Iterator[Piece]:
+        table = self.table
+        for cell, image, key in self._rows():
+            split = cell.split(table.split) or split_of_path(PurePosixPath(image).parts, key, self.validation_fraction)
+            labels, scores = cell.tags(table.tags, table.scores)
+            captions = cell.texts(table.text)
+            yield Piece(key, split, True, image, Location(image), captions, labels, scores, cell.many(table.classes))
+
+    def refuse_two_images_of_one_key(self, pieces: Pieces, first: int, last: int) -> None:
+        """One of the images would be lost, and its texts would stand beside the other."""
+        if (found := pieces.two_images(first, last)) is None:
+            return
+        key, *images = found
+        places = {image.file: "" for image in images}
+        for cell, image, its_key in self._rows():
+            if its_key == key and places.get(image) == "":
+                places[image] = cell.place
+        one, other = (f"{place} ({image})" for image, place in places.items())
+        raise OfficialFile.given(self.path).error(
+            f"{one} and {other} have one {self.table.key}, {shown(key)}, but different images",
+            "Give each image a key of its own, or leave table.key out: keys are then made of the images' paths",
+        )
+
+    def _rows(self) -> Iterator[tuple[_Cells, str, str]]:
+        """The cells of each row, the path of its image inside the release, and its key."""
         table, file = self.table, OfficialFile.given(self.path)
         folder = os.path.relpath(self.path.parent, self.source)
         for place, row in table_rows(file):
@@ -265,10 +299,7 @@ class TableScan:
             if not KEY_PATTERN.fullmatch(key) or len(key) > MAX_KEY_LENGTH:
                 problem = f"a key must be letters, digits, '_' or '-', {MAX_KEY_LENGTH} at most. Got {shown(key)}"
                 raise file.error(f"{place}: {problem}", REMEDY)
-            split = cell.split(table.split) or split_of_path(PurePosixPath(image).parts, key, self.validation_fraction)
-            labels, scores = cell.tags(table.tags, table.scores)
-            captions = cell.texts(table.text)
-            yield Piece(key, split, True, image, Location(image), captions, labels, scores, cell.many(table.classes))
+            yield cell, image, key
 
 
 def table_rows(file: OfficialFile) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -22,9 +22,9 @@ import itertools
 import json
 import os
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -38,7 +38,7 @@ from data_loaders.prepare.joining import join_shards
 from data_loaders.prepare.originals import Originals, Problem, Report
 from data_loaders.prepare.overlap import key_list, overlap
 from data_loaders.prepare.pictures import Pictures
-from data_loaders.prepare.pieces import KINDS, PARTITIONS, SPLITS, Piece, Pieces, RunWriter, Split
+from data_loaders.prepare.pieces import KINDS, PARTITIONS, SPLITS, Piece, Pieces, RunWriter, Split, of_split
 from data_loaders.prepare.release import REPORT
 from data_loaders.prepare.workers import Workers, tick, workers
 from data_loaders.prepare.yields import ImageTextReport, SplitCounts, concatenate, line_of
@@ -49,8 +49,11 @@ from vlm.errors import UserError
 from vlm.tasks.task import MANIFEST
 from vlm.types import Record
 
-FORMAT = 1  # raise it when equal releases and options give other bytes than before
+FORMAT = 2  # raise it when equal releases and options give other bytes than before
 MAX_SCANS = 256
+Check = Callable[[Pieces, int, int], None]  # refuses what pieces of some partitions, first to before last, say together
+PARTITIONS_AT_ONCE = 64  # that are checked in one go
+KEYS_AHEAD = 256  # whose images are announced to the system before they are read
 NUM_KEPT_PROBLEMS = 100  # for the printed report; the list has all
 CONTINUE = "Run the same command again: what is finished is kept"
 
@@ -118,6 +121,8 @@ class Plan:
     validation: str = "add its images to the release"  # how to get that split, where there is none
     balanced: int | None = None  # images a class of train; 0, and in validation: as many as the smallest class has
     details: Mapping[str, Any] | None = None  # for the manifest
+    chosen: str = ""  # what the preparer made of the folder; an error says it where too many images are lost
+    check: Check | None = None  # before any image is read
 
 
 def chunks(things: Sequence[Any], number: int = MAX_SCANS) -> Iterator[Sequence[Any]]:
@@ -165,6 +170,7 @@ class _Preparation:
     def run(self, target: Path) -> None:
         scans = self.scan()
         buckets = self.cut(scans)
+        self.check(scans)
         self.write(buckets)
         report = self.report(scans, buckets)
         self.refuse_too_many_lost(report, target, buckets, scans)
@@ -209,9 +215,24 @@ class _Preparation:
             for first, last in _ranges(np.minimum(listed, images), config.examples_per_shard):
                 folder = self.work / "shards" / f"{len(buckets):05d}"
                 expected = int(listed[first:last].sum())
-                bucket = _Bucket(split, first, last, expected, pieces, self.options.source, folder, pictures, limits)
-                buckets.append(bucket)
+                source, names_unlisted = self.options.source, not buckets or buckets[0].split == split
+                buckets.append(
+                    _Bucket(split, first, last, expected, pieces, source, folder, pictures, limits, names_unlisted)
+                )
         return buckets
+
+    def check(self, scans: list[Path]) -> None:
+        """Once more after an interruption: it takes little beside the images."""
+        if self.plan.check is None:
+            return
+        pieces = Pieces.of(scans)
+        todo = [
+            (self.plan.check, pieces, first, first + PARTITIONS_AT_ONCE)
+            for first in range(0, PARTITIONS, PARTITIONS_AT_ONCE)
+        ]
+        with progress_bar(self.options.progress, "parts") as bar:
+            shown = bar.add_task("checking", total=len(todo))
+            self.pool.run(_check, todo, lambda count: bar.advance(shown, count))
 
     def write(self, buckets: list[_Bucket]) -> None:
         for leftover in (self.work / "shards").glob(".*"):  # of a call that was killed
@@ -231,13 +252,13 @@ class _Preparation:
             splits.setdefault(bucket.split, SplitCounts()).add(SplitCounts.of(counts))
         problems: Counter[str] = Counter()
         named: list[Problem] = []
-        for folder in scans:
-            with (folder / "unused.tsv").open(encoding="utf-8", newline="\n") as lines:
+        for file in _unused(scans, buckets):
+            with file.open(encoding="utf-8", newline="\n") as lines:
                 for line in lines:
-                    reason, file, member = line.rstrip("\n").split("\t")
+                    reason, path, member = line.rstrip("\n").split("\t")
                     problems[reason] += 1
                     if len(named) < NUM_KEPT_PROBLEMS:
-                        named.append(Problem(file, member, reason))
+                        named.append(Problem(path, member, reason))
         return ImageTextReport(self.plan.preparer, splits, problems, named)
 
     def refuse_too_many_lost(
@@ -259,10 +280,11 @@ class _Preparation:
                 f"{self.options.source}: none of the {report.listed:,} examples{tables} can be used; {kept} says why. "
                 f"Are the images those of this release? {self.plan.expected}"
             )
+        chosen = f". {self.plan.chosen}" * bool(self.plan.chosen)
         raise UserError(
             f"{self.options.source}: {report.lost:,} of {report.listed:,} images are missing or unreadable "
             f"({share:.4%}); --max-missing {self.options.max_missing:g} allows fewer. {kept} names them all. Download "
-            "them again, or raise it; the shards are kept, and the same command continues"
+            f"them again, or raise it; the shards are kept, and the same command continues{chosen}"
         )
 
     def write_lists(self, report: ImageTextReport, folder: Path, buckets: list[_Bucket], scans: list[Path]) -> None:
@@ -270,9 +292,7 @@ class _Preparation:
             mine = [bucket for bucket in buckets if bucket.split == split]
             header = line_of("key", "reason", "name", "detail")
             concatenate((b.beside(".lost") for b in mine), folder / f"lost-{split}.tsv.gz", header)
-        concatenate(
-            (scan / "unused.tsv" for scan in scans), folder / "unused.tsv.gz", line_of("reason", "file", "member")
-        )
+        concatenate(_unused(scans, buckets), folder / "unused.tsv.gz", line_of("reason", "file", "member"))
         _write_json(folder / REPORT, report.as_json())
 
     def publish(self, report: ImageTextReport, target: Path, buckets: list[_Bucket], scans: list[Path]) -> None:
@@ -351,6 +371,12 @@ def _scan(task: tuple[Scan, Path]) -> None:
     os.replace(making, folder)
 
 
+def _check(task: tuple[Check, Pieces, int, int]) -> None:
+    check, pieces, first, last = task
+    check(pieces, first, last)
+    tick()
+
+
 def _ignore(_: object) -> None:
     pass
 
@@ -368,54 +394,80 @@ class _Bucket:
     folder: Path
     pictures: Pictures
     limits: Mapping[tuple[str, ...], int] | None  # class -> last hash that is taken
+    names_unlisted: bool  # images that neither split lists, here and not in the other split's bucket
 
     def beside(self, suffix: str) -> Path:
         return self.folder.with_suffix(suffix)
 
 
+def _unused(scans: Sequence[Path], buckets: Sequence[_Bucket]) -> list[Path]:
+    return [*(scan / "unused.tsv" for scan in scans), *(bucket.beside(".unused") for bucket in buckets)]
+
+
 def _write(bucket: _Bucket) -> None:
     """Write one bucket as a shard folder of one tar, which appears whole, with its lists beside it."""
-    originals = Originals(bucket.source)
-    try:
+    with closing(Originals(bucket.source)) as originals:
         write_ordered_shards(_records(bucket, originals), bucket.folder, examples_per_shard=1 << 62)
-    finally:
-        originals.close()
 
 
 def _records(bucket: _Bucket, originals: Originals) -> Iterator[Record]:
     """The bucket's examples, once their image is there and decodes. The lists are written before the last is done:
     the folder appears after them."""
     counts = SplitCounts()
-    keys: list[str] = []
-    lost: list[str] = []
-    for key, pieces in bucket.pieces.by_key(bucket.first, bucket.last, bucket.split):
-        tick()
-        counts.listed += 1
-        classes = _distinct(piece.classes for piece in pieces)
-        if bucket.limits is not None and ring_hash(key) > bucket.limits.get(classes, -1):
-            counts.left_out += 1
-            continue
-        labelled = next((piece for piece in pieces if piece.labels), None)
-        captions = _distinct(piece.captions for piece in pieces)
-        image, reason, detail = _image(pieces, originals, bucket.pictures)
-        if not reason and not (captions or labelled or classes):
-            reason = "no text"
-        if reason:
-            counts.lost_by_reason[reason] += 1
-            name = next((piece.name for piece in pieces if piece.name), "")
-            lost.append(line_of(key, reason, name, detail))
-            continue
-        counts.used += 1
-        counts.captions += len(captions)
-        counts.labelled += labelled is not None
-        counts.with_classes += bool(classes)
-        counts.further_copies += sum(piece.image is not None for piece in pieces) - 1
-        keys.append(key + "\n")
-        labels, scores = (labelled.labels, labelled.scores) if labelled else ((), ())
-        yield Record(key, image, captions, labels, scores, classes)
-    bucket.beside(".keys").write_text("".join(keys))
-    bucket.beside(".lost").write_text("".join(lost), encoding="utf-8", newline="\n")
+    with (
+        bucket.beside(".keys").open("w") as keys,
+        bucket.beside(".lost").open("w", encoding="utf-8", newline="\n") as lost,
+        bucket.beside(".unused").open("w", encoding="utf-8", newline="\n") as unused,
+    ):
+        for key, of_both_splits, pieces in _read_ahead(bucket, originals):
+            if not pieces:
+                if bucket.names_unlisted and not any(piece.listed for piece in of_both_splits):
+                    places = [piece.image for piece in of_both_splits if piece.image is not None]
+                    unused.writelines(line_of("of no listed example", place.file, place.member) for place in places)
+                continue
+            tick()
+            counts.listed += 1
+            classes = _distinct(piece.classes for piece in pieces)
+            if bucket.limits is not None and ring_hash(key) > bucket.limits.get(classes, -1):
+                counts.left_out += 1
+                continue
+            labelled = next((piece for piece in pieces if piece.labels), None)
+            captions = _distinct(piece.captions for piece in pieces)
+            image, reason, detail = _image(pieces, originals, bucket.pictures)
+            if not reason and not (captions or labelled or classes):
+                reason = "no text"
+            if reason:
+                counts.lost_by_reason[reason] += 1
+                name = next((piece.name for piece in pieces if piece.name), "")
+                lost.write(line_of(key, reason, name, detail))
+                continue
+            counts.used += 1
+            counts.captions += len(captions)
+            counts.labelled += labelled is not None
+            counts.with_classes += bool(classes)
+            counts.further_copies += sum(piece.image is not None for piece in pieces) - 1
+            keys.write(key + "\n")
+            labels, scores = (labelled.labels, labelled.scores) if labelled else ((), ())
+            yield Record(key, image, captions, labels, scores, classes)
     _write_json(bucket.beside(".json"), counts.as_json())
+
+
+def _read_ahead(bucket: _Bucket, originals: Originals) -> Iterator[tuple[str, list[Piece], list[Piece]]]:
+    """Each key of the bucket with its pieces, those of both splits and those of its own.
+
+    Hash order jumps about in the archives. A disk that knows of many places at once takes a fraction of the time of one
+    after the other.
+    """
+    coming: deque[tuple[str, list[Piece], list[Piece]]] = deque()
+    for key, of_both_splits in bucket.pieces.joined(bucket.first, bucket.last):
+        pieces = of_split(of_both_splits, bucket.split)
+        for piece in pieces:
+            if piece.image is not None:
+                originals.expect(piece.image)
+        coming.append((key, of_both_splits, pieces))
+        if len(coming) > KEYS_AHEAD:
+            yield coming.popleft()
+    yield from coming
 
 
 def _image(pieces: Sequence[Piece], originals: Originals, pictures: Pictures) -> tuple[bytes, str, str]:

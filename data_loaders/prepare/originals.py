@@ -7,7 +7,8 @@ import os
 import re
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl")
 MAX_IMAGE_BYTES = 1 << 28  # 256 MB
 MAX_TEXT_BYTES = 1 << 24  # of a text beside an image
 MAX_OPEN_FILES = 64
+MAX_BYTES_AHEAD = 1 << 20  # of one image
 CUT_OFF = "cut off or damaged"
 
 
@@ -114,6 +116,14 @@ def stem_and_suffix(name: str) -> tuple[str, str]:
     return stem, suffix.lower()
 
 
+def groups(source: Path, folders: Sequence[str], tars: Sequence[str], report: Report) -> Iterator[dict[str, Location]]:
+    """Files and members that share a stem (suffix -> place), of all the folders and then of all the tars."""
+    for read, names in ((folder_groups, folders), (tar_groups, tars)):
+        for name in names:
+            for _, group in read(source, name, report):
+                yield group
+
+
 def folder_groups(source: Path, folder: str, report: Report) -> Iterator[tuple[str, dict[str, Location]]]:
     """The files of one folder by the stem of their names: (stem, suffix -> file), in the order of the names."""
     groups: dict[str, dict[str, Location]] = {}
@@ -203,6 +213,13 @@ class Originals:
     def image(self, location: Location) -> bytes:
         """The encoded image; `ImageError` where it cannot be had."""
         return self.read(location, MAX_IMAGE_BYTES)
+
+    def expect(self, location: Location) -> None:
+        """Tell the system of a place in an archive that will be read soon."""
+        if location.size > 0 and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # whoever reads it gets the error
+                size = min(location.size, MAX_BYTES_AHEAD)
+                os.posix_fadvise(self._descriptor(location.file), location.offset, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, location: Location, max_bytes: int) -> bytes:
         name, size = location.name, location.size

@@ -72,6 +72,12 @@ def drawn_split(key: str, validation_fraction: float, otherwise: str = "train") 
     return "validation" if ring_hash(f"validation {key}") < validation_fraction * 2**63 else otherwise
 
 
+def of_split(pieces: list[Piece], split: Split) -> list[Piece]:
+    """The pieces of one key that count in a split; none where the split does not list the key."""
+    mine = [piece for piece in pieces if piece.split in ("", split)]
+    return mine if any(piece.listed for piece in mine) else []
+
+
 def partition(place: int) -> int:
     """The part of the ring that a hash lies in."""
     return place >> 51  # 63 bits in 2 ** 12 parts
@@ -140,15 +146,28 @@ class Pieces:
                     yield Piece.of(file.readline())
 
     def by_key(self, first: int, last: int, split: Split) -> Iterator[tuple[str, list[Piece]]]:
-        """The pieces of each key that the split lists, in the order of the hash ring; a few of them in memory."""
+        """The pieces of each key that the split lists, in the order of the hash ring."""
+        for key, pieces in self.joined(first, last):
+            if mine := of_split(pieces, split):
+                yield key, mine
+
+    def joined(self, first: int, last: int) -> Iterator[tuple[str, list[Piece]]]:
+        """The pieces of every key, in the order of the hash ring; a few of them in memory."""
         for start, end in self._steps(first, last):
             keys: dict[str, list[Piece]] = {}
             for piece in self.between(start, end):
-                if piece.split in ("", split):
-                    keys.setdefault(piece.key, []).append(piece)
+                keys.setdefault(piece.key, []).append(piece)
             for key in sorted(keys, key=ring_hash):
-                if any(piece.listed for piece in keys[key]):
-                    yield key, keys[key]
+                yield key, keys[key]
+
+    def two_images(self, first: int, last: int) -> tuple[str, Location, Location] | None:
+        """A key that pieces give to different images, of whichever split, and the first two of them."""
+        for start, end in self._steps(first, last):
+            images: dict[str, Location] = {}
+            for piece in self.between(start, end):
+                if piece.image is not None and (former := images.setdefault(piece.key, piece.image)) != piece.image:
+                    return piece.key, former, piece.image
+        return None
 
     def _steps(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Parts of a range that hold no more than `STEP_BYTES` of lines each, or are one partition."""

@@ -133,7 +133,8 @@ def concatenate(parts: Iterable[Path], target: Path, header: str = "") -> str:
     with target.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
         packed.write(header.encode())
         for part in parts:
-            content = part.read_bytes()
-            digest.update(content)
-            packed.write(content)
+            with part.open("rb") as content:
+                while chunk := content.read(1 << 20):
+                    digest.update(chunk)
+                    packed.write(chunk)
     return digest.hexdigest()

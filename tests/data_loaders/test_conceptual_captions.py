@@ -130,6 +130,18 @@ def test_every_lost_example_is_named_with_its_reason(tmp_path: Path) -> None:
     assert counts["lost_by_reason"] == {"damaged": 1, "empty file": 1, "missing": 1, "no image": 1}
 
 
+def test_images_that_no_table_lists_are_named_once(tmp_path: Path) -> None:
+    files = captions_tables() | download([0, 1, 2000, 1000, 2001]) | {LABELS: labels_table([0, 2001])}
+    source = write(tmp_path / "release", files)
+    found = prepare(source, tmp_path / "root", labels=True)  # labels list no examples
+    expected = [["of no listed example", "images/00000.tar", f"{place:09d}.jpg"] for place in (2, 4)]
+    assert sorted(unpacked(found / "unused.tsv.gz")[1:]) == expected
+    assert report_of(found)["unused_files"] == {"of no listed example": 2}
+    (source / TRAIN).unlink()
+    names = [row[2] for row in unpacked(prepare(source, tmp_path / "validation") / "unused.tsv.gz")[1:]]
+    assert sorted(names) == [f"{place:09d}.jpg" for place in (0, 1, 2, 4)]
+
+
 def test_a_second_copy_stands_in_for_a_damaged_one(tmp_path: Path) -> None:
     first = download_members([0, 1000])
     first["000000000.jpg"] = b"torn"

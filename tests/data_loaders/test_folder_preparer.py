@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from image_text import options, picture, records, report_of, tar, write
 
+from data_loaders.prepare import pieces
 from data_loaders.prepare.folder import FolderPreparerConfig, path_key, prepare_folder
 from data_loaders.shards import KEY_PATTERN
 from vlm.cli import main
@@ -82,6 +84,44 @@ def test_a_table_may_give_keys_and_splits(tmp_path: Path) -> None:
     assert set(records(found / "train")) == {"a-1", "a-3"} and set(records(found / "validation")) == {"a-2"}
 
 
+@pytest.mark.parametrize("parts", [("train", "train"), ("train", "val")])
+@pytest.mark.parametrize("apart", [0, 300])
+def test_one_key_for_two_images_is_refused_wherever_its_rows_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: tuple[str, str], apart: int
+) -> None:
+    monkeypatch.setattr(pieces, "RUN_BYTES", 10_000)  # far rows lie in different runs
+    between = "".join(f"other-{number},images/2.jpg,two,train\n" for number in range(apart))
+    rows = f"id,image,text,part\nx-1,images/0.jpg,zero,{parts[0]}\n{between}x-1,images/1.jpg,one,{parts[1]}\n"
+    source = write(tmp_path / "release", IMAGES | {"t.csv": rows})
+    table = {"file": "t.csv", "text": "text", "key": "id", "split": "part"}
+    expected = (
+        rf't\.csv: line 2 \(images/0\.jpg\) and line {apart + 3} \(images/1\.jpg\) have one id, "x-1", but different '
+        "images. Give each image a key of its own, or leave table.key out"
+    )
+    with pytest.raises(UserError, match=expected):
+        prepare(source, tmp_path / "root", table=table)
+    assert not (tmp_path / "root" / "pairs").exists()
+    assert not any((tmp_path / "root" / ".pairs-preparing" / "shards").iterdir())
+    write(source, {"t.csv": rows.replace("x-1,images/1", "x-2,images/1")})
+    found = prepare(source, tmp_path / "root", table=table)
+    assert len(records(found / "train")) + ("val" in parts and len(records(found / "validation"))) == apart + 2
+
+
+def test_worker_processes_refuse_one_key_for_two_images_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "id,image,text\na,images/0.jpg,zero\nb,images/1.jpg,one\na,images/2.jpg,two\n"
+    source = write(tmp_path / "release", IMAGES | {"t.csv": rows})
+    command = ["prepare", "folder", "--from", str(source), "--to", str(tmp_path / "root"), "--workers", "2"]
+    assert main([*command, "table.file=t.csv", "table.text=text", "table.key=id"]) == 2
+    assert "line 2 (images/0.jpg) and line 4 (images/2.jpg) have one id" in capsys.readouterr().err
+
+
+def test_several_rows_of_one_key_and_image_are_one_example(tmp_path: Path) -> None:
+    rows = "id,image,text\na,images/0.jpg,zero\na,./images/0.jpg,nought\n"
+    source = write(tmp_path / "release", IMAGES | {"t.csv": rows})
+    found = prepare(source, tmp_path / "root", table={"file": "t.csv", "text": "text", "key": "id"})
+    assert {key: record.captions for key, record in records(found / "train").items()} == {"a": ("zero", "nought")}
+
+
 def test_people_who_tag_give_no_scores_and_each_tag_counts_fully(tmp_path: Path) -> None:
     source = write(tmp_path / "release", IMAGES | {"t.csv": "image,tags\nimages/0.jpg,cat|dog|cat\n"})
     found = prepare(source, tmp_path / "root", table={"file": "t.csv", "tags": "tags", "separator": "|"})
@@ -134,6 +174,28 @@ def test_images_that_a_table_names_but_lacks_are_missing(tmp_path: Path) -> None
     assert report_of(found)["splits"]["train"]["lost_by_reason"] == {"missing": 1}
     write(source, {"images/9.jpg": picture(9)})  # found later: the same command takes it up
     assert len(records(prepare(source, tmp_path / "root", table=table) / "train")) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "config", "chosen"),
+    [
+        ({"a/0.txt": "zero"}, {}, "layout=auto chose sidecars (a text beside each image); layout=table or "),
+        ({"a/0.txt": "zero"}, {"layout": "sidecars"}, "The layout is sidecars (a text beside each image); "),
+        ({}, {}, "layout=auto chose class_folders (folders named after classes); layout=table or layout=sidecars "),
+        (
+            {"t.csv": "image,text\na/0.jpg,zero\na/1.jpg,one\n"},
+            {"table": {"file": "t.csv", "text": "text"}},
+            "layout=auto chose table (the rows of table.file); layout=sidecars or layout=class_folders chooses another",
+        ),
+    ],
+)
+def test_a_refusal_of_losses_names_the_layout_and_how_to_choose_another(
+    tmp_path: Path, files: dict[str, bytes | str], config: dict[str, object], chosen: str
+) -> None:
+    images: dict[str, bytes | str] = {"a/0.jpg": picture(0), "a/1.jpg": b"torn", "b/2.jpg": picture(2)}
+    source = write(tmp_path / "release", images | files)
+    with pytest.raises(UserError, match=r"images are missing or unreadable.*" + re.escape(chosen)):
+        prepare(source, tmp_path / "root", **config)
 
 
 def test_texts_beside_images_in_folders_and_tars(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,10 @@ from data_loaders.prepare import pieces
 from data_loaders.prepare.captions_table import url_key
 from data_loaders.prepare.conceptual_captions import ConceptualCaptionsPreparerConfig, prepare_conceptual_captions
 from data_loaders.prepare.image_text import Options
+from data_loaders.prepare.originals import Originals
 from data_loaders.prepare.overlap import key_list, overlap
 from data_loaders.prepare.pictures import Pictures
+from data_loaders.prepare.pieces import Location
 from data_loaders.shards import ShardReader, open_index, ring_hash, write_shards
 from vlm.cli import main
 from vlm.errors import UserError
@@ -326,6 +329,17 @@ def hostile_tar() -> bytes:
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
     return data.getvalue()
+
+
+def test_announcing_an_image_does_not_hide_that_it_is_gone(tmp_path: Path) -> None:
+    write(tmp_path, {"a.tar": tar({"x.jpg": picture(0)})})
+    with closing(Originals(tmp_path)) as originals:
+        there, gone = Location("a.tar", 512, len(picture(0)), "x.jpg"), Location("b.tar", 512, 9, "y.jpg")
+        for place in (there, gone):
+            originals.expect(place)
+        assert originals.image(there) == picture(0)
+        with pytest.raises(ImageError, match=r"b\.tar: y\.jpg: no such file"):
+            originals.image(gone)
 
 
 def test_members_that_point_elsewhere_are_named_and_not_used(tmp_path: Path) -> None:
