@@ -283,8 +283,8 @@ def pretraining_data(
         for reader in (train, validation)
     ]
     if config.data.part == "images":
-        texts = (record for reader in (train, validation) for record in reader.texts(config.data.damaged == "skip"))
-        classes = tuple(sorted({name for record in texts for name in record.classes}))
+        skip = config.data.damaged == "skip"
+        classes = tuple(sorted(train.classes(skip) | validation.classes(skip)))
         return (
             ImageBatches(train, chosen, classes, images[0], config.data.damaged, config.seed),
             ImageBatches(validation, held_out, classes, images[1], config.data.damaged, config.seed),

@@ -86,6 +86,8 @@ def test_the_shards_are_those_that_one_writer_would_have_written(tmp_path: Path)
     names = ("hashes", "shard", "image_offset", "image_size", "json_offset", "json_size")
     save_file({name: getattr(index, name) for name in names}, tmp_path / "written")
     assert (folder / "index.safetensors").read_bytes() == (tmp_path / "written").read_bytes()
+    at_once = write_shards(expected, tmp_path / "at_once")
+    assert (index.classes, index.complete) == (at_once.classes, at_once.complete) == ((), ("captions",))
 
 
 def test_tars_are_to_the_byte_what_webdataset_writes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from image_text import DATA, files_of, options, picture, records, report_of, tar, write
 
 from data_loaders.prepare.imagenet import ImageNetPreparerConfig, class_names, prepare_imagenet, read_synsets
+from data_loaders.shards import open_index
 from vlm.errors import UserError
 from vlm.records import OfficialFile
 
@@ -77,6 +78,9 @@ def test_folders_and_tars_give_the_same_shards(tmp_path: Path, layout: object) -
     assert (len(train), len(held_out)) == (25, 10)
     assert (train["n01440764_3"].image, train["n01440764_3"].classes) == (picture(3), ("tench",))
     assert held_out["ILSVRC2012_val_00000001"].classes == ("crane",)
+    index = open_index(found / "train")
+    assert index.classes == tuple(sorted({name for record in train.values() for name in record.classes}))
+    assert index.complete == ("classes",)
     assert not (found.parent / "pairs").exists()
 
 
