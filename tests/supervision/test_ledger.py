@@ -125,8 +125,8 @@ IN1K, IN21K, WIT = 1_281_167, 14_197_122, 400_000_000
         ("timm:convnextv2_base.fcmae_ft_in22k_in1k", 0, IN21K + IN1K, IN1K),
         ("timm:eva02_base_patch14_448.mim_in22k_ft_in1k", 800_000_000, IN1K, IN21K),  # its teacher is a CLIP tower
         ("timm:vit_huge_patch14_gap_224.in1k_ijepa", 0, 0, IN1K),
-        ("timm:tf_efficientnet_b0.ns_jft_in1k", 0, IN1K, 300_000_000),
-        ("timm:eva_giant_patch14_224.clip_ft_in1k", 800_000_000, IN1K, 29_600_000),
+        ("timm:tf_efficientnet_b0.ns_jft_in1k", 0, IN1K, 81_000_000),
+        ("timm:eva_giant_patch14_224.clip_ft_in1k", 800_000_000, IN1K, 30_000_000),
         ("timm:tf_efficientnetv2_s.in21k_ft_in1k", 0, IN21K + IN1K, 0),
         ("timm:test_vit.r160_in1k", 0, IN1K, 0),
         ("timm:test_resnet.r160_in1k", 0, IN1K, 0),
@@ -145,6 +145,15 @@ def test_a_name_tells_what_its_weights_have_seen(model: str, pairs: int, labelle
     ledger = Ledger().plus(["vision"], model_entries("vision", model))
     counts = [ledger.count(kind) for kind in ("pairs", "labelled_images", "images")]
     assert [(one.known, one.unknown) for one in counts] == [(pairs, ()), (labelled, ()), (images, ())]
+
+
+def test_a_set_of_unknown_size_leaves_open_its_own_kind_alone() -> None:
+    ledger = Ledger().plus(["vision"], model_entries("vision", "timm:resnet50.fb_ssl_yfcc100m_ft_in1k"))
+    assert [str(ledger.count(kind)) for kind in ("pairs", "labelled_images", "images")] == [
+        "0",
+        f"{IN1K:,}",
+        "a part of YFCC-100M",
+    ]
 
 
 def test_roberta_s_texts_are_known_by_their_size_alone() -> None:
