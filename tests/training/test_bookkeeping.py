@@ -69,8 +69,62 @@ def test_a_mixture_is_counted_by_what_each_example_shows(make_config: MakeConfig
     ledger = ledger_of(config, root)
     counts = seen(ledger, "fusion")
     assert counts.keys() == {"pairs", "labelled_images", "images"} and sum(counts.values()) == 64
-    assert ledger_of(config, root, max_read=10).count("pairs").unknown  # `vlm show` reads no millions
+    assert ledger_of(config, root, max_read=10).count("pairs").unknown  # nobody reads many millions
     assert ledger_of(config, None).count("pairs").unknown
+
+
+@pytest.mark.parametrize(
+    ("sources", "is_told"),
+    [
+        ("{type: captions}", True),
+        ("{type: class_names}", True),
+        ("{type: none}", True),
+        ("{type: machine_labels}, {type: class_names}", True),
+        ("{type: machine_labels, labels_from: SIDE}", True),
+        ("{type: generated_captions, file: SIDE}", True),
+        ("{type: machine_labels, labels_from: SIDE, min_score: 0.6}", False),
+        ("{type: machine_labels, labels_from: SIDE, missing: none}", False),
+        ("{type: captions}, {type: machine_labels}", False),
+    ],
+)
+def test_what_an_index_tells_is_what_reading_finds(
+    make_config: MakeConfig, tmp_path: Path, sources: str, is_told: bool
+) -> None:
+    """And a long window is then counted too, which nobody reads."""
+    source = make_config("pretrain").data.prepare(progress=False) / "pairs" / "train"
+    records = [
+        Record(record.key, b"", record.captions, ("x", "y"), (0.5 + number % 2 / 4, 0.1), ("c",))
+        for number, record in enumerate(ShardReader(open_index(source)))
+    ]
+    write_shards(records, tmp_path / "root" / "pairs" / "train", 10)
+    write_shards(records, tmp_path / "side")
+    data = ("data=folder", f"data.root={tmp_path / 'root'}", "supervision.fraction=0.5")
+    config = compose(
+        "pretrain", [*data, f"supervision.sources=[{sources.replace('SIDE', str(tmp_path / 'side'))}]"], RunConfig
+    )
+    told = ledger_of(config, tmp_path / "root", max_read=0)
+    read = ledger_of(config, tmp_path / "root")
+    assert any("at most 32" in str(told.count(kind, ["fusion"])) for kind in KINDS) != is_told
+    for folder in ("root/pairs/train", "side"):
+        file = tmp_path / folder / "index.json"
+        header = json.loads(file.read_text())
+        file.write_text(json.dumps({name: header[name] for name in header if name != "complete"}))
+    old = ledger_of(config, tmp_path / "root")
+    assert old.text() == read.text() and sum(seen(old, "fusion").values()) == 32
+    if is_told:
+        assert told.text() == read.text()
+
+
+def test_the_examples_of_a_remote_root_are_not_fetched_to_be_counted(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        records = (Record(f"{split}-{n}", captions=("a text",), labels=("x",)) for n in range(9))
+        write_shards(records, tmp_path / "pairs" / split)
+    for sources, pairs in (("{type: captions}", "9"), ("{type: captions}, {type: none}", "at most 9")):
+        data = ("data=folder", f"data.root={tmp_path.as_uri()}", f"supervision.sources=[{sources}]")
+        config = compose("pretrain", [*data], RunConfig)
+        root = config.data.prepare(progress=False)
+        (tmp_path / "pairs" / "train" / "00000.tar").unlink(missing_ok=True)
+        assert str(ledger_of(config, root).count("pairs", ["fusion"])) == pairs
 
 
 def test_no_pretraining_has_seen_nothing(make_config: MakeConfig) -> None:
