@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from data_loaders import FolderData
 from vlm.config import CustomConfig, load_yaml
 from vlm.objectives import ImageClassesConfig
-from vlm.run import CONFIG, RESULT, RunConfig, weights_of_run, write_atomically
+from vlm.run import CONFIG, RESULT, RunConfig, unpaired_texts, weights_of_run, write_atomically
 from vlm.supervision import (
     BestByScoreConfig,
     CaptionsConfig,
@@ -179,7 +179,7 @@ def _identity(path: Any) -> str:
 def _texts(root: Path | None) -> Entry:
     if root is None:
         return Entry("texts", "data", None, UNPREPARED)
-    text = (root / "texts" / "train.txt").read_bytes()
+    text = unpaired_texts(root, "train")
     return Entry("texts", hashlib.sha256(text).hexdigest()[:12], len(text.decode().splitlines()))
 
 
