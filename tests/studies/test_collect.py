@@ -4,13 +4,17 @@ import csv
 import json
 from pathlib import Path
 
-from made_up_study import Finished
+import pytest
+from made_up_study import Finished, finish_study
 
-from vlm.run import RESULT
-from vlm.studies.collect import Score, collect, headline, source_name, write_csv
+from data_loaders.shards import write_shards
+from vlm.config import compose, dump_yaml
+from vlm.run import CONFIG, RESULT, RunConfig
+from vlm.studies.collect import Score, collect, headline, pretraining_of, source_name, write_csv
 from vlm.studies.plan import plan
 from vlm.supervision import CaptionsConfig, MachineLabelsConfig, NoneConfig, SupervisionConfig
 from vlm.supervision.ledger import LEDGER, Entry, Ledger, model_entries, unknown_entries
+from vlm.types import Record
 
 
 def select(scores: list[Score], **wanted: object) -> list[Score]:
@@ -92,6 +96,29 @@ def test_a_score_says_who_has_seen_how_many_pairs(finished: Finished, tmp_path: 
     with (tmp_path / "results.csv").open() as read:
         (row,) = csv.DictReader(read)
     assert (row["pairs"], row["total_pairs"], row["others"]) == ("0", "", "vision 400,000,000; labeller unknown")
+
+
+@pytest.mark.parametrize(("data", "counted"), [("prepared", 9), ("damaged", None), ("gone", None)])
+def test_a_finished_run_of_before_ledgers_is_counted_where_its_data_is_and_stops_no_study(
+    tmp_path: Path, data: str, counted: int | None
+) -> None:
+    study = finish_study(tmp_path)
+    (one, *_) = [job for job in study.jobs if job.stage == "finetune"]
+    first = pretraining_of(one).folder
+    root = tmp_path / "root"
+    if data != "gone":
+        write_shards([Record(f"key-{n}", captions=("a text",)) for n in range(9)], root / "pairs" / "train")
+    if data == "damaged":
+        (root / "pairs" / "train" / "index.safetensors").write_bytes(b"")
+    written = {
+        first: compose("pretrain", ["data=folder", f"data.root={root}"], RunConfig),
+        one.folder: compose("finetune", ["task=nlvr2", f"start_from={first}"], RunConfig),
+    }
+    for folder, config in written.items():
+        (folder / CONFIG).write_text(dump_yaml(config))
+    score = select(collect([one], study.folder), metric=headline(one))[0]
+    assert (score.supervised_pairs, score.total_pairs) == (counted, counted)
+    assert not (one.folder / LEDGER).exists()
 
 
 def test_sources_of_a_mixture_are_all_named() -> None:

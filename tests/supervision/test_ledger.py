@@ -51,6 +51,14 @@ def test_the_same_published_set_behind_two_components_counts_once() -> None:
     assert ledger.plus(["fusion"], [span("a", 0, 5)]).count("pairs").known == 400_000_005
 
 
+def test_a_pair_that_two_components_saw_counts_once() -> None:
+    ledger = Ledger().plus(["fusion", "language"], [span("a", 0, 30)]).plus(["vision"], [span("a", 20, 50)])
+    assert [ledger.count("pairs", [name]).known for name in ("fusion", "language", "vision")] == [30, 30, 30]
+    assert ledger.count("pairs", ["fusion", "language"]).known == 30
+    assert ledger.count("pairs").known == 50
+    assert ledger.plus(["labeller"], [span("b", 0, 30)]).count("pairs").known == 80
+
+
 def test_the_kinds_are_counted_apart() -> None:
     labels, questions = Entry("labelled_images", "a", 7), Entry("questions", "gqa", 3)
     ledger = Ledger().plus(["fusion"], [span("a", 0, 5), labels, questions])

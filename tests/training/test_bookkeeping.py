@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_loaders import FolderData
 from data_loaders.shards import ShardReader, open_index, write_shards
 from vlm.bookkeeping import ledger_of, ledger_of_run
-from vlm.config import compose, fingerprint
-from vlm.run import RunConfig, train
+from vlm.config import compose, dump_yaml, fingerprint
+from vlm.run import CONFIG, RunConfig, train
 from vlm.supervision.ledger import LEDGER, Component, Ledger, read_ledger
 from vlm.supervision.published import KINDS, Kind
 from vlm.types import Record
@@ -71,6 +72,23 @@ def test_a_mixture_is_counted_by_what_each_example_shows(make_config: MakeConfig
     assert counts.keys() == {"pairs", "labelled_images", "images"} and sum(counts.values()) == 64
     assert ledger_of(config, root, max_read=10).count("pairs").unknown  # nobody reads many millions
     assert ledger_of(config, None).count("pairs").unknown
+
+
+def test_the_same_shards_in_another_folder_are_the_same_data_and_others_are_not(tmp_path: Path) -> None:
+    records = [Record(f"key-{n}", captions=("a text",)) for n in range(40)]
+    for name, words in (("one", "a text"), ("copy", "a text"), ("other", "another")):
+        changed = [dataclasses.replace(record, captions=(words,)) for record in records]
+        write_shards(changed, tmp_path / name / "pairs" / "train", 16)
+
+    def config(name: str, *more: str) -> RunConfig:
+        data = ("data=folder", f"data.root={tmp_path / name}", "supervision.fraction=0.5")
+        return compose("pretrain", [*data, *more], RunConfig)
+
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / CONFIG).write_text(dump_yaml(config("one")))
+    for name, count in (("copy", 20), ("other", 40)):
+        ledger = ledger_of(config(name, f"start_from={tmp_path / 'first'}"), tmp_path / name)
+        assert seen(ledger, "fusion", "language", "vision") == {"pairs": count}
 
 
 @pytest.mark.parametrize(
