@@ -96,7 +96,7 @@ class CaptionFile:
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)  # type: ignore[arg-type]
+            os.close(self._descriptor)  # type: ignore[arg-type]  # not None here
 
     def __call__(self, key: str) -> Record | None:
         place = ring_hash(key)

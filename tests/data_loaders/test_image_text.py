@@ -202,7 +202,7 @@ def test_a_stop_at_any_stage_is_continued(tmp_path: Path, monkeypatch: pytest.Mo
             if left[0] == 0:
                 raise Killed
             left[0] -= 1
-            real(old, new)  # type: ignore[arg-type]
+            real(old, new)  # type: ignore[arg-type]  # handed on as they come
 
         monkeypatch.setattr(os, "replace", replace)
         try:
@@ -405,7 +405,7 @@ def test_the_fast_check_of_an_image_agrees_with_decoding_it() -> None:
 
     def verdict(check: object, data: bytes) -> str:
         try:
-            check(data, "image")  # type: ignore[operator]
+            check(data, "image")  # type: ignore[operator]  # one of two checks
         except ImageError as error:
             return error.reason
         return ""
