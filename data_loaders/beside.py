@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -264,8 +264,10 @@ def content_fingerprint(path: Path) -> str:
     """12 hex digits that stand for the content of a file, or of all shards at or right under a folder."""
     if _is_folder(path):
         with _readable(path):
-            inside = [path] if _is_shards(path) else sorted(path.iterdir())
-        folders = [folder for folder in inside if _is_shards(folder)]
+            os.scandir(path).close()  # what the system refuses, the search below passes over in silence
+        for split in get_args(Split):
+            _is_shards(path / split)
+        folders = [path] if _is_shards(path) else sorted(f.parent for f in path.glob("*/index.json"))
         if not folders:
             raise UserError(f"{path}: holds no side shards, neither itself nor in folders train and validation")
         return hashlib.sha256("".join(open_index(f).fingerprint for f in folders).encode()).hexdigest()[:12]

@@ -46,9 +46,8 @@ if TYPE_CHECKING:
     from data_loaders.shards import Index, ShardReader
 
 UNPREPARED = "unknown before the data is prepared"
-MAX_READ = (
-    1_000_000  # records of a run's window that are read to count them: 40 seconds, where an index tells too little
-)
+# Records of a window that are read to count them, where an index tells too little: a million take about a minute.
+MAX_READ = 1_000_000
 
 
 def ledger_of(

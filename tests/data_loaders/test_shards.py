@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from data_loaders.shards import (
+    Contents,
     DamagedError,
     Index,
     ShardError,
@@ -135,6 +136,15 @@ def test_the_index_says_which_classes_occur_and_what_no_example_lacks(tmp_path: 
     changed = {"captions": ("a text", " "), "labels": ("x",), "scores": (-0.5,)}
     index = write_shards([*records, Record("more", **changed)], tmp_path / "less")  # type: ignore[arg-type]  # a dict of several kinds
     assert (index.classes, index.complete) == (reader.index.classes, ())
+
+
+def test_a_folder_that_is_joined_of_parts_says_what_all_of_them_say() -> None:
+    contents = Contents()
+    contents.join({"classes": ["b", "a"], "complete": ["captions", "labels"]})
+    contents.join({"classes": ["b", "c"], "complete": ["captions"]})
+    assert contents.header() == {"classes": ["a", "b", "c"], "complete": ["captions"]}
+    contents.join({})  # written before parts said anything
+    assert contents.header() == {"complete": []}
 
 
 def test_classes_of_an_index_that_does_not_list_them_are_read_from_the_examples(

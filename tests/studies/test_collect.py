@@ -4,8 +4,7 @@ import csv
 import json
 from pathlib import Path
 
-import pytest
-from made_up_study import Finished, finish_study
+from made_up_study import Finished
 
 from data_loaders.shards import write_shards
 from vlm.config import compose, dump_yaml
@@ -98,27 +97,32 @@ def test_a_score_says_who_has_seen_how_many_pairs(finished: Finished, tmp_path: 
     assert (row["pairs"], row["total_pairs"], row["others"]) == ("0", "", "vision 400,000,000; labeller unknown")
 
 
-@pytest.mark.parametrize(("data", "counted"), [("prepared", 9), ("damaged", None), ("gone", None)])
 def test_a_finished_run_of_before_ledgers_is_counted_where_its_data_is_and_stops_no_study(
-    tmp_path: Path, data: str, counted: int | None
+    finished: Finished, tmp_path: Path
 ) -> None:
-    study = finish_study(tmp_path)
-    (one, *_) = [job for job in study.jobs if job.stage == "finetune"]
-    first = pretraining_of(one).folder
-    root = tmp_path / "root"
-    if data != "gone":
-        write_shards([Record(f"key-{n}", captions=("a text",)) for n in range(9)], root / "pairs" / "train")
-    if data == "damaged":
-        (root / "pairs" / "train" / "index.safetensors").write_bytes(b"")
+    (one, *_) = [job for job in finished.jobs if job.stage == "finetune"]
+    first, root = pretraining_of(one).folder, tmp_path / "root"
     written = {
-        first: compose("pretrain", ["data=folder", f"data.root={root}"], RunConfig),
-        one.folder: compose("finetune", ["task=nlvr2", f"start_from={first}"], RunConfig),
+        first / CONFIG: compose("pretrain", ["data=folder", f"data.root={root}"], RunConfig),
+        one.folder / CONFIG: compose("finetune", ["task=nlvr2", f"start_from={first}"], RunConfig),
     }
-    for folder, config in written.items():
-        (folder / CONFIG).write_text(dump_yaml(config))
-    score = select(collect([one], study.folder), metric=headline(one))[0]
-    assert (score.supervised_pairs, score.total_pairs) == (counted, counted)
-    assert not (one.folder / LEDGER).exists()
+
+    def counted() -> tuple[int | None, int | None]:
+        score = select(collect([one], finished.folder), metric=headline(one))[0]
+        return score.supervised_pairs, score.total_pairs
+
+    try:
+        for file, config in written.items():
+            file.write_text(dump_yaml(config))
+        assert counted() == (None, None)  # its data is gone
+        write_shards([Record(f"key-{n}", captions=("a text",)) for n in range(9)], root / "pairs" / "train")
+        assert counted() == (9, 9)
+        (root / "pairs" / "train" / "index.safetensors").write_bytes(b"")
+        assert counted() == (None, None)
+        assert not (one.folder / LEDGER).exists()
+    finally:
+        for file in written:
+            file.unlink()
 
 
 def test_sources_of_a_mixture_are_all_named() -> None:
