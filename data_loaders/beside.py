@@ -6,6 +6,7 @@ Side shards, JSON lines, .csv and .tsv files, and Parquet for scores. Of a file 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import importlib
@@ -17,7 +18,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,25 @@ Split = Literal["train", "validation"]
 TABLES = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
 BATCH_ROWS = 65_536  # of a Parquet file in memory at a time
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the system refuses inside is one error that names this path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _is_folder(path: Path) -> bool:
+    with _readable(path):
+        return path.is_dir()
+
+
+def _is_shards(folder: Path) -> bool:
+    with _readable(folder):
+        return (folder / "index.json").exists()
 
 
 class SideShards:
@@ -76,7 +96,7 @@ class CaptionFile:
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)  # type: ignore[arg-type]
+            os.close(self._descriptor)  # type: ignore[arg-type]  # not None here
 
     def __call__(self, key: str) -> Record | None:
         place = ring_hash(key)
@@ -85,13 +105,11 @@ class CaptionFile:
         return Record(key, captions=captions) if first < end else None
 
     def _row(self, at: int, key: str) -> Row:
-        if self._descriptor is None:
-            try:
-                self._descriptor = os.open(self.file, os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"{self.file}: cannot be read ({error.strerror})") from None
         offset, size = int(self.offsets[at]), int(self.sizes[at])
-        data = os.pread(self._descriptor, size, offset)
+        with _readable(self.file):
+            if self._descriptor is None:
+                self._descriptor = os.open(self.file, os.O_RDONLY)
+            data = os.pread(self._descriptor, size, offset)
         found = next(_parsed(self.file, io.BytesIO(data), self.columns), None)
         if found is None or found.key != key:
             raise UserError(f"{self.file}: changed while it was read (byte {offset}). Start the run again")
@@ -118,11 +136,8 @@ def rows(file: Path) -> Iterator[Row]:
     if file.suffix not in (*JSON_LINES, *TABLES):
         known = ", ".join((*JSON_LINES, *TABLES))
         raise UserError(f"{file}: expected side shards (a folder with index.json), or a file that ends in {known}")
-    try:
-        with file.open("rb") as content:
-            yield from _parsed(file, content, None)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    with _readable(file), file.open("rb") as content:
+        yield from _parsed(file, content, None)
 
 
 def _parsed(file: Path, content: io.BufferedIOBase, columns: Sequence[str] | None) -> Iterator[Row]:
@@ -177,7 +192,7 @@ def _cells(content: io.BufferedIOBase, delimiter: str) -> Iterator[tuple[int, in
 
 
 def _columns(file: Path) -> list[str]:
-    with file.open("rb") as content:
+    with _readable(file), file.open("rb") as content:
         return next((cells for _, _, cells in _cells(content, TABLES[file.suffix])), [])
 
 
@@ -206,9 +221,9 @@ def _captions(row: Row) -> tuple[str, ...]:
 def of_split(path: Path, split: Split) -> Path:
     """The part of a path that speaks of this split: the folder `path/split` where there is one, else all of it."""
     inside = path / split
-    if not path.is_dir() or (path / "index.json").is_file():
+    if not _is_folder(path) or _is_shards(path):
         return path
-    if not inside.is_dir():
+    if not _is_folder(inside):
         raise UserError(f"{path}: holds no side shards, and no folder {split} of them. Write them to {inside}")
     return inside
 
@@ -224,7 +239,7 @@ def open_beside(
             continue
         place = of_split(path, split)
         if path not in opened:
-            opened[path] = SideShards(place) if place.is_dir() else CaptionFile(place)
+            opened[path] = SideShards(place) if _is_folder(place) else CaptionFile(place)
         if getattr(source, "missing", "none") == "error":
             found: Any = opened[path]
             at = np.asarray(positions)
@@ -247,14 +262,17 @@ def _require(
 
 def content_fingerprint(path: Path) -> str:
     """12 hex digits that stand for the content of a file, or of all shards at or right under a folder."""
-    if path.is_dir():
-        folders = [path] if (path / "index.json").is_file() else sorted(f.parent for f in path.glob("*/index.json"))
+    if _is_folder(path):
+        with _readable(path):
+            os.scandir(path).close()  # what the system refuses, the search below passes over in silence
+        for split in get_args(Split):
+            _is_shards(path / split)
+        folders = [path] if _is_shards(path) else sorted(f.parent for f in path.glob("*/index.json"))
+        if not folders:
+            raise UserError(f"{path}: holds no side shards, neither itself nor in folders train and validation")
         return hashlib.sha256("".join(open_index(f).fingerprint for f in folders).encode()).hexdigest()[:12]
-    try:
-        with path.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()[:12]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    with _readable(path), path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:12]
 
 
 def beside_paths(supervision: SupervisionConfig) -> list[Path]:
@@ -299,7 +317,7 @@ def select(supervision: SupervisionConfig, reader: ShardReader) -> Positions:
 
 def positions_of_keys(path: Path, reader: ShardReader) -> NDArray[np.int64]:
     """Where the examples of these keys lie, ascending. Every key must be there, or two users would not see the same."""
-    if path.is_dir():
+    if _is_folder(path):
         wanted = open_index(path).hashes
     else:
         listed = array("q", (ring_hash(key) for key in _keys(path)))
@@ -308,7 +326,7 @@ def positions_of_keys(path: Path, reader: ShardReader) -> NDArray[np.int64]:
     strange = ~np.isin(wanted, reader.index.hashes)
     if strange.any():
         name = ""
-        if not path.is_dir():
+        if not _is_folder(path):
             known = set(wanted[strange].tolist())
             name = f", {next(key for key in _keys(path) if ring_hash(key) in known)!r} the first"
         counts = f"{int(strange.sum()):,} of {len(wanted):,} keys"
@@ -339,7 +357,7 @@ def scores_of(selection: BestByScoreConfig, reader: ShardReader) -> NDArray[np.f
         return scores
     hashes, values = array("q"), array("d")
     place = of_split(path, "train")
-    if place.is_dir():
+    if _is_folder(place):
         side = SideShards(place)
         for record in (side.reader.text(position) for position in range(len(side.reader))):
             hashes.append(ring_hash(record.key))

@@ -98,7 +98,12 @@ class RemoteFolder:
         # No shell: what is put for `{}` is one argument, whatever characters it holds.
         command = [part.replace("{}", f"{self.name}{file}") for part in shlex.split(self.root.removeprefix("pipe:"))]
         with to.open("wb") as output:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE, check=False)
+            try:
+                done = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE, check=False
+                )
+            except OSError as error:
+                raise UserError(f"data.root: {command[0]} cannot be run ({error.strerror})") from None
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
             raise OSError(f"exit status {done.returncode} {' '.join(said)}".strip())
@@ -112,6 +117,8 @@ class RemoteFolder:
                 return os.open(self._cached(shard), os.O_RDONLY)
             except FileNotFoundError:  # another process made room just now
                 continue
+            except OSError as error:
+                raise _unusable(cache_folder() / "shards", error) from None
 
     def read_ahead(self, shards: Sequence[Mapping[str, Any]]) -> None:
         """Begin to fetch these shards. What fails is tried again, and reported, when a shard is asked for."""
@@ -158,13 +165,16 @@ class RemoteFolder:
     def mirror(self, shard_folders: Sequence[str], texts: Sequence[str]) -> Path:
         """A folder of the cache with the indexes of these shard folders, and those of these texts that there are."""
         mirror = cache_folder() / f"remote-{hashlib.sha256(self.root.encode()).hexdigest()[:12]}"
-        mirror.mkdir(parents=True, exist_ok=True)
-        with _locked(mirror / ".lock"):
-            for name in shard_folders:
-                self.folder(name)._fetch_index(mirror / name)
-            for name in texts:
-                with contextlib.suppress(MissingFileError):
-                    self._fetch_whole(name, mirror / name, optional=bool(shard_folders))
+        try:
+            mirror.mkdir(parents=True, exist_ok=True)
+            with _locked(mirror / ".lock"):
+                for name in shard_folders:
+                    self.folder(name)._fetch_index(mirror / name)
+                for name in texts:
+                    with contextlib.suppress(MissingFileError):
+                        self._fetch_whole(name, mirror / name, optional=bool(shard_folders))
+        except OSError as error:
+            raise _unusable(mirror, error) from None
         return mirror
 
     def _fetch_index(self, folder: Path) -> None:
@@ -185,6 +195,11 @@ class RemoteFolder:
             os.replace(partial, to)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _unusable(folder: Path, error: OSError) -> UserError:
+    """Of the cache: what the connection raises is a `UserError` by then."""
+    return UserError(f"{folder}: cannot be used as a cache ({error.strerror}). Look at $VLM_CACHE and its disk")
 
 
 _ASKED: set[str] = set()  # checksums of the shards that this process is fetching ahead

@@ -7,6 +7,7 @@ bytes (`vlm/supervision/subset.py`).
 
 *Side shards* are such folders without images: what somebody made of the images of another folder, under the same keys
 (machine labels with scores, generated captions). `made_by` in their `index.json` says who that was (`Index.made_by`).
+What all examples hold together stands in `index.json` too (`Contents`), so that nobody reads every shard to learn it.
 The tars are plain WebDataset tars: `webdataset.WebDataset(...)` reads them too.
 """
 
@@ -43,6 +44,7 @@ METADATA = ("captions", "labels", "scores", "classes")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_-]{0,199}")  # no dots: WebDataset splits names at the first one
 
 
+MAX_CLASSES = 100_000  # of a folder, in its index; classes in such numbers are nobody's targets, and memory is bounded
 MAX_OPEN_SHARDS = 64  # a process may hold 1,024 files as a rule, and a large data set has more shards
 
 NAME_BYTES = 100  # of the name in a tar header; of a longer one it holds the beginning
@@ -92,6 +94,8 @@ class Index:
     """Who made the labels or captions; free in form, and empty where nobody wrote it. The ledger reads `model` (such as
     "open_clip:ViT-B-32/openai") and `seen`, counts by kind ({"pairs": 400000000, "labelled_images": null}; null:
     unknown). A labeller also writes `vocabulary`, and `of`, the fingerprint of the shards that it labelled."""
+    classes: tuple[str, ...] | None = None  # see `Contents`; None: not written down
+    complete: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -130,6 +134,44 @@ ARRAYS = {
     "json_offset": np.int64,
     "json_size": np.int32,
 }
+
+
+@dataclass
+class Contents:
+    """What the examples of a folder hold together: `classes`, all that occur, and `complete`, what no example lacks.
+
+    Complete are the `captions`, `labels` or `classes` of which every example has at least one, none of them blank and
+    none with a negative score. The classes are None where they are more than `MAX_CLASSES`, or a part does not say.
+    """
+
+    classes: set[str] | None = field(default_factory=set)
+    complete: set[str] = field(default_factory=lambda: {"captions", "labels", "classes"})
+
+    def add(self, record: Record) -> None:
+        self._join(record.classes)
+        lacking = {name for name in self.complete if not _says_something(getattr(record, name))}
+        self.complete -= lacking if min(record.scores, default=0) >= 0 else {*lacking, "labels"}
+
+    def join(self, header: Mapping[str, Any]) -> None:
+        """Add the examples of another folder, by its `index.json`."""
+        self._join(header.get("classes"))
+        self.complete &= set(header.get("complete", ()))
+
+    def header(self) -> dict[str, Any]:
+        """For `index.json`."""
+        classes = {} if self.classes is None else {"classes": sorted(self.classes)}
+        return classes | {"complete": sorted(self.complete)}
+
+    def _join(self, classes: Iterable[str] | None) -> None:
+        if self.classes is not None and classes is not None:
+            self.classes.update(classes)
+        if classes is None or len(self.classes or ()) > MAX_CLASSES:
+            self.classes = None
+
+
+def _says_something(texts: Sequence[str]) -> bool:
+    """Whether there are texts and none of them is blank: then the one that a key picks is none."""
+    return bool(texts) and all(text.strip() for text in texts)
 
 
 def write_shards(
@@ -177,6 +219,7 @@ class _ShardWriter:
     def __init__(self, folder: Path, examples_per_shard: int) -> None:
         self.folder, self.examples_per_shard = folder, examples_per_shard
         self.shards: list[dict[str, Any]] = []
+        self.contents = Contents()
         self.hashes: list[int] = []
         self.places: list[tuple[int, ...]] = []
         self._tar: Any = None
@@ -197,6 +240,7 @@ class _ShardWriter:
             self._tar.members.clear()  # it would remember them all
         self.places.append((len(self.shards), *places[False], *places[True]))
         self._keys.append(record.key)
+        self.contents.add(record)
         self.hashes.append(ring_hash(record.key))
 
     def finish(self, made_by: Mapping[str, Any] | None = None) -> None:
@@ -216,6 +260,7 @@ class _ShardWriter:
         }
         save_file(arrays, self.folder / "index.safetensors")
         header: dict[str, Any] = {"format": FORMAT, "examples": len(self.hashes), "shards": self.shards}
+        header |= self.contents.header()
         if made_by:
             header["made_by"] = dict(made_by)
         (self.folder / "index.json").write_text(json.dumps(header, indent=1))
@@ -258,8 +303,12 @@ def open_index(folder: Path, remote: RemoteFolder | None = None) -> Index:
     """
     header_file, array_file = folder / "index.json", folder / "index.safetensors"
     for file in (header_file, array_file):
-        if not file.is_file():
-            raise ShardError(f"{folder}: no shards here ({file.name} is missing). Prepare them first")
+        try:
+            os.stat(file)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ShardError(f"{folder}: no shards here ({file.name} is missing). Prepare them first") from None
+        except OSError as error:
+            raise _unreadable(file, error) from None
     try:
         header = json.loads(header_file.read_text(encoding="utf-8"))
         version = header.get("format")
@@ -269,6 +318,9 @@ def open_index(folder: Path, remote: RemoteFolder | None = None) -> Index:
         num_examples = int(header["examples"]) if version == FORMAT else 0
         made_by = dict(header.get("made_by", {}))
         _ = ["" + shard["sha256"] for shard in shards]
+        classes, complete = (_texts(header, name) for name in ("classes", "complete"))
+    except OSError as error:
+        raise _unreadable(header_file, error) from None
     except Exception as error:
         raise ShardError(f"{header_file}: cannot be read ({error!r}). Prepare the shards again") from None
     if version != FORMAT:
@@ -278,11 +330,28 @@ def open_index(folder: Path, remote: RemoteFolder | None = None) -> Index:
             raise ShardError(f"{header_file}: shard name {name!r} is not NUMBER.tar")
     try:
         arrays = _mapped(array_file)
+    except OSError as error:
+        raise _unreadable(array_file, error) from None
     except Exception as error:
         raise ShardError(f"{array_file}: cannot be read ({error}). Prepare the shards again") from None
     if not _agree(arrays, num_examples, numbers.reshape(-1, len(NUMBERS)).T):
         raise ShardError(f"{array_file}: does not match index.json. Prepare the shards again")
-    return Index(folder, remote, shards, **arrays, made_by=made_by)
+    return Index(folder, remote, shards, **arrays, made_by=made_by, classes=classes, complete=complete or ())
+
+
+def _texts(header: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
+    """An optional list of texts."""
+    texts = header.get(name)
+    if texts is None:
+        return None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} is no list of texts")
+    return tuple(texts)
+
+
+def _unreadable(file: Path | str, error: OSError) -> ShardError:
+    at = f" at {error.filename}" if error.filename and str(error.filename) != str(file) else ""
+    return ShardError(f"{file}: cannot be read ({error.strerror or error}{at}). Look at its permissions and its disk")
 
 
 NUMBERS = ("examples", "bytes", "first_hash", "last_hash")
@@ -368,6 +437,12 @@ class ShardReader:
             except DamagedError:
                 if not skip_damaged:
                     raise
+
+    def classes(self, skip_damaged: bool = False) -> set[str]:
+        """All classes that occur; where the index does not list them, every example is read."""
+        if self.index.classes is not None:
+            return set(self.index.classes)
+        return {name for record in self.texts(skip_damaged) for name in record.classes}
 
     def image(self, position: int) -> bytes:
         """The encoded image of the example, empty if it has none.
@@ -488,10 +563,7 @@ class ShardReader:
         while len(self._files) >= MAX_OPEN_SHARDS:
             os.close(self._files.popitem(last=False)[1])
         if remote is not None:
-            try:
-                self._files[number] = remote.open_shard(shard)
-            except OSError as error:
-                raise self._unreadable(number, error) from None
+            self._files[number] = remote.open_shard(shard)
         else:
             file = self.index.folder / str(shard["file"])
             try:
@@ -503,9 +575,7 @@ class ShardReader:
         return self._files[number]
 
     def _unreadable(self, number: int, error: OSError) -> ShardError:
-        shard = self._location(self.index.shards[number]["file"])
-        at = f" at {error.filename}" if error.filename and str(error.filename) != str(shard) else ""
-        return ShardError(f"{shard}: cannot be read ({error.strerror}{at}). Look at its permissions and its disk")
+        return _unreadable(self._location(self.index.shards[number]["file"]), error)
 
 
 def _checked(records: Iterable[Record], folder: Path) -> Iterator[Record]:

@@ -201,7 +201,7 @@ def test_overrides_apply_to_a_complete_value_as_well() -> None:
 
 def test_a_config_is_frozen() -> None:
     with pytest.raises(pydantic.ValidationError):
-        RunConfig().seed = 3  # type: ignore[misc]
+        RunConfig().seed = 3  # type: ignore[misc]  # what is tested
 
 
 @pytest.mark.parametrize(

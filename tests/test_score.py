@@ -529,6 +529,9 @@ def test_compare_takes_the_place_of_predictions(files: Files) -> None:
     assert "give one prediction file, or two with --compare" in files.error(
         "vqav2", "results.json", "--compare", "results.json", "results.json", *VQAV2[2:]
     )
+    twice = ("--compare", "results.json", "results.json")
+    for arguments in ((*twice, "vqav2", *twice, *VQAV2[2:]), ("vqav2", *twice, *twice, *VQAV2[2:])):
+        assert "--compare is given 2 times" in files.error(*arguments)
     gqa(files).write(predictions=ALL_PREDICTIONS)
     assert "attention belongs to one model" in files.error(
         "gqa", "--compare", "predictions.json", "predictions.json", *GQA[2:], *GQA_ALL
@@ -577,7 +580,7 @@ def broken(content: Any, data: st.DataObject) -> Any:
         here = parent[key]
     how = data.draw(st.sampled_from(["replace", "remove", "repeat"]))
     if how == "replace" or parent is None:
-        parent[key] = data.draw(json_values)  # type: ignore[index]
+        parent[key] = data.draw(json_values)  # type: ignore[index]  # None only without a key
     elif how == "remove":
         del parent[key]
     elif isinstance(parent, list):

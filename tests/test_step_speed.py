@@ -56,7 +56,7 @@ def make_batch(step_speed: ModuleType, module: Pretraining, tokenizer: Tokenizer
 
 def views_of(module: Pretraining, batch: Batch, seed: int) -> dict[str, View]:
     """The views that a step of this seed draws."""
-    objectives: list[tuple[str, Objective]] = list(module.objectives.items())  # type: ignore[arg-type]
+    objectives: list[tuple[str, Objective]] = list(module.objectives.items())  # type: ignore[arg-type]  # ModuleDict forgets the class
     torch.manual_seed(seed)
     return {name: objective.view(batch) for name, objective in objectives}
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from data_loaders import FolderData
 from vlm.config import CustomConfig, load_yaml
 from vlm.objectives import ImageClassesConfig
-from vlm.run import CONFIG, RESULT, RunConfig, weights_of_run, write_atomically
+from vlm.run import CONFIG, RESULT, RunConfig, unpaired_texts, weights_of_run, write_atomically
 from vlm.supervision import (
     BestByScoreConfig,
     CaptionsConfig,
+    ClassNamesConfig,
     GeneratedCaptionsConfig,
     MachineLabelsConfig,
     NoneConfig,
@@ -36,23 +37,27 @@ from vlm.supervision.ledger import (
     unknown_entries,
 )
 from vlm.supervision.published import Kind
+from vlm.supervision.sources import beside_path
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from data_loaders.shards import ShardReader
+    from data_loaders.shards import Index, ShardReader
 
 UNPREPARED = "unknown before the data is prepared"
+# Records of a window that are read to count them, where an index tells too little: a million take about a minute.
+MAX_READ = 1_000_000
 
 
 def ledger_of(
-    config: RunConfig, root: Path | None, num_questions: int | None = None, max_read: int | None = None
+    config: RunConfig, root: Path | None, num_questions: int | None = None, max_read: int = MAX_READ
 ) -> Ledger:
     """What each component of the run will have seen at its end, with all runs and models that it comes from.
 
     `root`: the data root; None where there is none yet, and then what this run sees is unknown. `num_questions`: of a
-    fine-tuning. To count a mixture of sources, every record of the window is read; beyond `max_read` it is left open.
+    fine-tuning. Where the index does not tell what every example shows, as of a mixture of sources, every record of the
+    window is read; of more than `max_read`, or of a remote root, the count is left open.
     """
     ledger, trained = _inherited(config), _trained(config)
     if config.task is not None:
@@ -173,7 +178,7 @@ def _identity(path: Any) -> str:
 def _texts(root: Path | None) -> Entry:
     if root is None:
         return Entry("texts", "data", None, UNPREPARED)
-    text = (root / "texts" / "train.txt").read_bytes()
+    text = unpaired_texts(root, "train")
     return Entry("texts", hashlib.sha256(text).hexdigest()[:12], len(text.decode().splitlines()))
 
 
@@ -186,17 +191,22 @@ def _images(config: RunConfig, root: Path | None) -> list[Entry]:
     return _entries(reader, {kind: chosen})
 
 
-def _pairs(config: RunConfig, root: Path | None, max_read: int | None) -> list[Entry]:
-    """The supervised examples by what their texts are. A record may lack what a source shows, so all are read."""
-    certain = [_kind_of(source) for source in config.supervision.drawn]
-    kinds: list[Kind] = [kind for kind in dict.fromkeys(certain) if kind is not None]
+def _pairs(config: RunConfig, root: Path | None, max_read: int) -> list[Entry]:
+    """The supervised examples by what their texts are, told by the index or counted by reading."""
+    sources = config.supervision.drawn
+    named = [_kind_of(source) for source in sources]
+    kinds: list[Kind] = list(dict.fromkeys(kind for kind in named if kind is not None))
     if root is None:
         return [Entry(kind, "data", None, UNPREPARED) for kind in kinds or ["pairs"]]
     reader, chosen = _chosen(config, root, "pairs/train")
-    is_fetched = config.data.is_remote and kinds == ["pairs"]  # nobody fetches all shards to count captions
-    if None not in certain and (kinds == ["images"] or is_fetched):
-        return _entries(reader, {kinds[0]: chosen})
-    if max_read is not None and len(chosen) > max_read:
+    told = {_kind_of_all(source, reader.index) for source in sources}
+    is_fetched = config.data.is_remote  # nobody fetches all shards to count; captions are taken for complete there
+    if is_fetched and set(named) == {"pairs"}:
+        told = {"pairs"}
+    kind = told.pop() if len(told) == 1 else None
+    if kind is not None:
+        return _entries(reader, {kind: chosen})
+    if len(chosen) > (0 if is_fetched else max_read):
         note = f"at most {len(chosen):,}"
         return [Entry(kind, reader.index.fingerprint, None, note) for kind in kinds or ["pairs"]]
     return _entries(reader, _by_reading(config, reader, chosen))
@@ -227,6 +237,24 @@ def _kind_of(source: SourceConfig) -> Kind | None:
     if isinstance(source, CaptionsConfig):
         return "pairs"
     return "images" if isinstance(source, NoneConfig) else "labelled_images"
+
+
+def _kind_of_all(source: SourceConfig, index: Index) -> Kind | None:
+    """What a source makes of every example, damaged ones too; None where the index at hand does not tell."""
+    from data_loaders.beside import of_split
+    from data_loaders.shards import open_index
+
+    kind, path = _kind_of(source), beside_path(source)
+    if kind is None or kind == "images":
+        return kind
+    if path is not None:
+        place = of_split(path, "train")
+        if not place.is_dir() or getattr(source, "missing", None) != "error":
+            return None
+        index = open_index(place)
+    if isinstance(source, MachineLabelsConfig):
+        return kind if "labels" in index.complete and source.min_score == 0 else None
+    return kind if ("classes" if isinstance(source, ClassNamesConfig) else "captions") in index.complete else None
 
 
 def _by_reading(config: RunConfig, reader: ShardReader, chosen: NDArray[np.int64]) -> dict[Kind, NDArray[np.int64]]:

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm.errors import UserError
 
@@ -148,20 +148,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_score(score: argparse.ArgumentParser) -> None:
-    def compare(parser: argparse.ArgumentParser) -> None:
+    def compare(parser: argparse.ArgumentParser, place: str) -> None:
         help_line = "the paired difference of two prediction files, in place of PREDICTIONS"
-        # No default: the parser of the task would overwrite what the parser of the verb has read.
-        parser.add_argument(
-            "--compare", nargs=2, type=Path, metavar=("A", "B"), default=argparse.SUPPRESS, help=help_line
-        )
+        # A name for each place: the parser of the task would overwrite what the parser of the verb has read.
+        options: dict[str, Any] = {"nargs": 2, "type": Path, "metavar": ("A", "B"), "default": [], "help": help_line}
+        parser.add_argument("--compare", action="append", dest=f"compare_{place}", **options)
 
-    compare(score)
+    compare(score, "before")
     tasks = score.add_subparsers(required=True, metavar="TASK", dest="task")
 
     def task(name: str, predictions: str, help_line: str) -> argparse.ArgumentParser:
         added = tasks.add_parser(name, help=help_line, description=help_line)
         added.add_argument("predictions", type=Path, nargs="?", metavar=predictions)
-        compare(added)
+        compare(added, "behind")
         added.add_argument("--json", type=Path, metavar="OUT", help="write the unrounded scores here")
         added.add_argument("--allow-missing", action="store_true", help="score missing predictions as wrong")
         added.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (default 1000)")
@@ -318,7 +317,10 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    compared: list[Path] = getattr(options, "compare", [])
+    pairs: list[list[Path]] = [*options.compare_before, *options.compare_behind]
+    if len(pairs) > 1:
+        raise UserError(f"vlm score {options.task}: --compare is given {len(pairs)} times. Give two files, once")
+    compared = pairs[0] if pairs else []
     if (options.predictions is None) == (not compared):
         raise UserError(f"vlm score {options.task}: give one prediction file, or two with --compare")
     if options.resamples < 1 or options.seed < 0:

@@ -158,9 +158,9 @@ class Row:
     def number(self, name: str) -> float:
         """The number under `name`, of a size that a picture can have."""
         value = self.content.get(name)
-        if type(value) not in (int, float) or not -1e9 < value < 1e9:  # type: ignore[operator]
+        if type(value) not in (int, float) or not -1e9 < value < 1e9:  # type: ignore[operator]  # an int or a float
             raise self.wrong(name, "a number")
-        return float(value)  # type: ignore[arg-type]
+        return float(value)  # type: ignore[arg-type]  # an int or a float
 
     def identifier(self, name: str) -> str:
         """The text or whole number under `name`, as text."""
@@ -198,7 +198,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
         seen: set[str] = set()
-        key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]  # add gives None
         raise _Repeated(f"the key {shown(key)} stands twice in one object")
     return content
 
@@ -289,7 +289,7 @@ class _Reader:
     def peek(self) -> str:
         """The next character that is no space; "" at the end."""
         while True:
-            self.at = SPACES.match(self.buffer, self.at).end()  # type: ignore[union-attr]
+            self.at = SPACES.match(self.buffer, self.at).end()  # type: ignore[union-attr]  # it always matches
             if self.at < len(self.buffer):
                 return self.buffer[self.at]
             if self.ended:

@@ -216,7 +216,7 @@ def read_checkpoint(run: Path, name: str | None = None) -> dict[str, Any]:
         name = Path(result.get("checkpoint") or LAST).name  # an evaluation alone has none; nothing outside the folder
     file = run / name
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]  # it gives Any
     except FileNotFoundError:
         raise UserError(f"{file}: no such checkpoint. Has the run {run.name} been trained?") from None
     except Exception as error:
@@ -273,7 +273,7 @@ def pretraining_data(
 
     supervision = config.supervision
     if config.data.part == "texts":
-        lines = [(root / "texts" / f"{split}.txt").read_text().splitlines() for split in ("train", "validation")]
+        lines = [unpaired_texts(root, split).decode().splitlines() for split in ("train", "validation")]
         return TextBatches(lines[0], tokenizer), TextBatches(_first(config, lines[1]), tokenizer), ()
     folder = "pairs" if config.data.part == "pairs" else "unimodal"
     splits = ("train", "validation")
@@ -285,8 +285,8 @@ def pretraining_data(
         for reader in (train, validation)
     ]
     if config.data.part == "images":
-        texts = (record for reader in (train, validation) for record in reader.texts(config.data.damaged == "skip"))
-        classes = tuple(sorted({name for record in texts for name in record.classes}))
+        skip = config.data.damaged == "skip"
+        classes = tuple(sorted(train.classes(skip) | validation.classes(skip)))
         return (
             ImageBatches(train, chosen, classes, images[0], config.data.damaged, config.seed),
             ImageBatches(validation, held_out, classes, images[1], config.data.damaged, config.seed),
@@ -302,6 +302,22 @@ def pretraining_data(
         PairBatches(validation, held_out, sources, images[1], tokenizer, negatives, beside_held_out, *options),
         (),
     )
+
+
+def unpaired_texts(root: Path, split: str) -> bytes:
+    """The file of a data root that `data.part=texts` learns from: UTF-8, one text a line."""
+    file = root / "texts" / f"{split}.txt"
+    try:
+        content = file.read_bytes()
+        content.decode()
+    except FileNotFoundError:
+        raise UserError(
+            f"{file}: no such file. data.part=texts learns from texts/train.txt and texts/validation.txt of the data "
+            "root: unpaired texts, one a line, which no preparer of images writes"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as UTF-8 ({error})") from None
+    return content
 
 
 def _label_matching(config: RunConfig) -> LabelMatching | None:
@@ -517,8 +533,7 @@ def _inputs(config: RunConfig, root: Path) -> dict[str, str]:
     if config.task is not None:
         names = [f"{config.task.type}/images"]
     elif config.data.part == "texts":
-        text = (root / "texts" / "train.txt").read_bytes()
-        return {"texts/train.txt": hashlib.sha256(text).hexdigest()[:12]}
+        return {"texts/train.txt": hashlib.sha256(unpaired_texts(root, "train")).hexdigest()[:12]}
     else:
         folder = "pairs" if config.data.part == "pairs" else "unimodal"
         names = [f"{folder}/train", f"{folder}/validation"]

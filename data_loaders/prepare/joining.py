@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from data_loaders.shards import FORMAT
+from data_loaders.shards import FORMAT, Contents
 
 # As safetensors itself orders them, so that the bytes are those of a folder that was written at once.
 COLUMNS = (
@@ -42,7 +42,10 @@ def join_shards(parts: Sequence[Path], folder: Path) -> dict[str, Any]:
         shards.append(shard | {"file": file})
     examples = sum(shard["examples"] for shard in shards)
     _write_arrays(folder / "index.safetensors", [parts[place] for place in kept], examples)
-    header = {"format": FORMAT, "examples": examples, "shards": shards}
+    contents = Contents()
+    for place in kept:
+        contents.join(headers[place])
+    header = {"format": FORMAT, "examples": examples, "shards": shards} | contents.header()
     (folder / "index.json").write_text(json.dumps(header, indent=1))
     return header
 

@@ -196,7 +196,7 @@ class _Window(io.RawIOBase):
         self.at = offset + (0, self.at, self.size)[whence]
         return self.at
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # a view is all that is passed
         data = os.pread(self.file.fileno(), max(0, min(len(buffer), self.size - self.at)), self.start + self.at)
         buffer[: len(data)] = data
         self.at += len(data)

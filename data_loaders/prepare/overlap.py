@@ -101,7 +101,7 @@ def overlap(lists: Sequence[KeyList], to: Path | None = None) -> Overlap:
             if len(here) == len(lists):
                 common += 1
                 if target is not None:
-                    target.write(heads[0][1] + "\n")  # type: ignore[index]
+                    target.write(heads[0][1] + "\n")  # type: ignore[index]  # all lists are at this key
             for number in here:
                 heads[number] = next(streams[number], None)
     if making is not None and to is not None:

@@ -80,7 +80,7 @@ def ask(
             for answer, image in found.items():
                 texts[image].add(rewording.text)
                 pool.uses[image] += 1
-                asked.append(Asked(rewording, image, answer))  # type: ignore[arg-type]
+                asked.append(Asked(rewording, image, answer))  # type: ignore[arg-type]  # a query of the same kind
     return asked[:number]
 
 

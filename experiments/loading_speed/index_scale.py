@@ -137,7 +137,7 @@ def measure(folder: Path) -> dict[str, Any]:
     workers = []
     for number, _ in enumerate(batches):
         if number == 40:
-            workers = [memory(worker.pid) for worker in loader._iterator._workers]  # type: ignore[union-attr]
+            workers = [memory(worker.pid) for worker in loader._iterator._workers]  # type: ignore[union-attr]  # only with workers
     return {
         "examples_of_the_window": len(chosen),
         "seconds_to_open": round(seconds, 3),

@@ -124,7 +124,7 @@ def pillow_transform() -> Callable[[Image.Image], torch.Tensor]:
 
     size = [PIXELS, PIXELS]
     transform: Any = v2.Compose([v2.Resize(size, InterpolationMode.BICUBIC), v2.PILToTensor()])
-    return transform  # type: ignore[no-any-return]
+    return transform  # type: ignore[no-any-return]  # torchvision has no types
 
 
 def image_folder(jpegs: Sequence[bytes], folder: Path) -> Loader:
@@ -154,7 +154,7 @@ def webdataset(jpegs: Sequence[bytes], folder: Path) -> Loader:
     def loader() -> Iterable[Any]:
         dataset = wds.WebDataset(files, shardshuffle=len(files)).shuffle(1000).decode("pil")
         dataset = dataset.to_tuple("jpg", "cls").map_tuple(transform, int).batched(BATCH_SIZE)
-        return wds.WebLoader(dataset, batch_size=None)  # type: ignore[no-any-return]
+        return wds.WebLoader(dataset, batch_size=None)  # type: ignore[no-any-return]  # webdataset has no types
 
     return loader
 
@@ -176,13 +176,13 @@ def litdata(jpegs: Sequence[bytes], folder: Path) -> Loader:
     writer.merge()
     resize = v2.Resize([PIXELS, PIXELS], InterpolationMode.BICUBIC, antialias=True)
 
-    class Resized(ld.StreamingDataset):  # type: ignore[misc]
+    class Resized(ld.StreamingDataset):  # type: ignore[misc]  # litdata has no types
         def __getitem__(self, index: Any) -> tuple[torch.Tensor, int]:
             item = super().__getitem__(index)
             return resize(item["image"]), item["class"]
 
     dataset = Resized(str(folder), shuffle=True)
-    return lambda: ld.StreamingDataLoader(dataset, batch_size=BATCH_SIZE)  # type: ignore[no-any-return]
+    return lambda: ld.StreamingDataLoader(dataset, batch_size=BATCH_SIZE)  # type: ignore[no-any-return]  # litdata has no types
 
 
 MAKERS: dict[str, Callable[[Sequence[bytes], Path], Loader]] = {
@@ -299,7 +299,7 @@ def as_table(summary: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
 
 def differences(jpegs: Sequence[bytes]) -> dict[str, float]:
     """How far the reduced pixels are from the exact ones, in levels of 0 to 255."""
-    reduced, exact = (ImageTransform(PIXELS, decode=decode) for decode in ("reduced", "exact"))  # type: ignore[arg-type]
+    reduced, exact = (ImageTransform(PIXELS, decode=decode) for decode in ("reduced", "exact"))  # type: ignore[arg-type]  # a tuple forgets literals
     gaps = [(reduced(jpeg).int() - exact(jpeg).int()).abs().numpy() for jpeg in jpegs]
     return {
         "mean": round(float(np.mean([gap.mean() for gap in gaps])), 3),

@@ -108,7 +108,7 @@ def plain_losses(module: Pretraining, batch: Batch, text_tokens: int = 0, pad_id
 
     Images that the batch holds beyond its texts are the fresh negatives. Texts are padded to `text_tokens`.
     """
-    objectives: list[tuple[str, Objective]] = list(module.objectives.items())  # type: ignore[arg-type]
+    objectives: list[tuple[str, Objective]] = list(module.objectives.items())  # type: ignore[arg-type]  # ModuleDict forgets the class
     views = plain_views(module, batch)
     values: dict[str, Tensor] = {}
     for name, objective in objectives:

@@ -10,6 +10,7 @@ import pytest
 from image_text import DATA, files_of, options, picture, records, report_of, tar, write
 
 from data_loaders.prepare.imagenet import ImageNetPreparerConfig, class_names, prepare_imagenet, read_synsets
+from data_loaders.shards import open_index
 from vlm.errors import UserError
 from vlm.records import OfficialFile
 
@@ -70,13 +71,16 @@ def prepare(source: Path, root: Path, **config: object) -> Path:
 @pytest.mark.parametrize("layout", [tars, flat])
 def test_folders_and_tars_give_the_same_shards(tmp_path: Path, layout: object) -> None:
     expected = prepare(write(tmp_path / "folders", folders()), tmp_path / "expected")
-    found = prepare(write(tmp_path / "tars", layout()), tmp_path / "found")  # type: ignore[operator]
+    found = prepare(write(tmp_path / "tars", layout()), tmp_path / "found")  # type: ignore[operator]  # one of two functions
     for split in ("train", "validation"):
         assert files_of(found / split) == files_of(expected / split)
     train, held_out = records(found / "train"), records(found / "validation")
     assert (len(train), len(held_out)) == (25, 10)
     assert (train["n01440764_3"].image, train["n01440764_3"].classes) == (picture(3), ("tench",))
     assert held_out["ILSVRC2012_val_00000001"].classes == ("crane",)
+    index = open_index(found / "train")
+    assert index.classes == tuple(sorted({name for record in train.values() for name in record.classes}))
+    assert index.complete == ("classes",)
     assert not (found.parent / "pairs").exists()
 
 

@@ -429,7 +429,7 @@ def test_a_prepared_folder_is_replaced_and_its_neighbours_stay(tmp_path: Path) -
     source = write(tmp_path / "files", vqav2_files())
     (tmp_path / "root" / "gqa").mkdir(parents=True)
     for splits in (("train",), ("validation",)):
-        prepare_vqav2(VQAv2PreparerConfig(splits=splits), options(source, tmp_path / "root"))  # type: ignore[arg-type]
+        prepare_vqav2(VQAv2PreparerConfig(splits=splits), options(source, tmp_path / "root"))  # type: ignore[arg-type]  # names of splits
     assert list(report_of(tmp_path / "root", "vqav2")["splits"]) == ["validation"]
     assert sorted(file.name for file in (tmp_path / "root").iterdir()) == ["gqa", "vqav2"]
 

@@ -28,7 +28,7 @@ from data_loaders.transforms import ImageTransform
 from vlm.cli import main
 from vlm.config import Fingerprints, compose
 from vlm.errors import UserError
-from vlm.run import RunConfig, train
+from vlm.run import RunConfig, build_model, build_tokenizer, pretraining_data, train
 from vlm.supervision.subset import Window, window
 from vlm.types import Batch, Record
 
@@ -128,6 +128,19 @@ def test_a_window_fetches_its_own_shards_once(root: Path, server: tuple[str, typ
     assert sum(path.endswith("train/index.safetensors") for path in handler.asked) == 1
 
 
+def test_a_small_run_over_images_fetches_its_window_alone(root: Path, server: tuple[str, type[Handler]]) -> None:
+    """The classes are those of all examples, and nobody reads them one by one to learn of them."""
+    url, handler = server
+    small = ["model=tiny", "model.vision.width=32", "model.vision.depth=1", "supervision.fraction=0.05"]
+    config = compose("unimodal_vision", [*small, "data=folder", f"data.root={url}", "data.part=images"], RunConfig)
+    data = config.data.prepare()
+    model, tokenizer = build_model(config), build_tokenizer(config, data)
+    source, _, classes = pretraining_data(config, data, model, tokenizer)
+    assert classes == ("c",) and not tars_of(handler)
+    assert len(list(train_loader(source, 6, 0, 1))) == 1 and len(source) == 6
+    assert 1 <= len(set(tars_of(handler))) <= 2 and all("/train/" in path for path in tars_of(handler))
+
+
 def test_shards_are_fetched_before_they_are_needed(
     root: Path, server: tuple[str, type[Handler]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +232,27 @@ def test_a_pipe_is_given_as_the_readme_says(capsys: pytest.CaptureFixture[str]) 
     (given,) = re.findall(r"`('?data\.root=[^`]*pipe:[^`]*)`", readme)
     assert main(["show", "pretrain", "data=folder", *shlex.split(given)]) == 0
     assert "root: pipe:ssh host cat /data/vl/{}" in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_written_and_a_command_that_is_not_there_are_one_line(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"data\.root: no-such-command cannot be run \(No such file or directory\)"):
+        batches_of("pipe:no-such-command {}")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(
+        UserError, match=r"file/remote-\w+: cannot be used as a cache \(Not a directory\)\. Look at \$VLM"
+    ):
+        batches_of(root.as_uri())
+
+
+def test_a_shard_that_the_cache_has_no_place_for_is_one_line(root: Path, tmp_path: Path) -> None:
+    data = FolderData(root=root.as_uri(), part="images")
+    reader = ShardReader(data.open_index(data.prepare(), "unimodal/train"))
+    (tmp_path / "cache" / "shards").write_text("")
+    with pytest.raises(UserError, match=r"cache/shards: cannot be used as a cache \(Not a directory\)"):
+        reader.text(0)
 
 
 def test_a_root_without_texts_is_asked_for_them_once(root: Path, tmp_path: Path) -> None:

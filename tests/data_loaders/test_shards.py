@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from data_loaders.shards import (
+    Contents,
     DamagedError,
     Index,
     ShardError,
@@ -125,6 +126,39 @@ def test_side_shards_hold_texts_alone_and_say_who_made_them(tmp_path: Path) -> N
     assert sorted(members) == sorted(f"{record.key}.json" for record in records)
     assert open_index(tmp_path / "side").fingerprint == write_shards(records, tmp_path / "again", 4).fingerprint
     assert open_index(tmp_path / "again").made_by == {}
+
+
+def test_the_index_says_which_classes_occur_and_what_no_example_lacks(tmp_path: Path) -> None:
+    records = [Record(f"key-{n}", captions=("a text",), labels=("x",), classes=(f"no. {n % 3}",)) for n in range(9)]
+    reader = ShardReader(write_shards(records, tmp_path / "all", 4))
+    assert reader.index.classes == ("no. 0", "no. 1", "no. 2")
+    assert reader.index.complete == ("captions", "classes", "labels")
+    changed = {"captions": ("a text", " "), "labels": ("x",), "scores": (-0.5,)}
+    index = write_shards([*records, Record("more", **changed)], tmp_path / "less")  # type: ignore[arg-type]  # a dict of several kinds
+    assert (index.classes, index.complete) == (reader.index.classes, ())
+
+
+def test_a_folder_that_is_joined_of_parts_says_what_all_of_them_say() -> None:
+    contents = Contents()
+    contents.join({"classes": ["b", "a"], "complete": ["captions", "labels"]})
+    contents.join({"classes": ["b", "c"], "complete": ["captions"]})
+    assert contents.header() == {"classes": ["a", "b", "c"], "complete": ["captions"]}
+    contents.join({})  # written before parts said anything
+    assert contents.header() == {"complete": []}
+
+
+def test_classes_of_an_index_that_does_not_list_them_are_read_from_the_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [Record(f"key-{n}", classes=(f"no. {n}",)) for n in range(9)]
+    fingerprint = write_shards(records, tmp_path / "old", 4).fingerprint
+    change_header(tmp_path / "old", lambda header: [header.pop(name) for name in ("classes", "complete")])
+    index = open_index(tmp_path / "old")
+    assert (index.classes, index.complete, index.fingerprint) == (None, (), fingerprint)
+    assert ShardReader(index).classes() == {f"no. {n}" for n in range(9)}
+    monkeypatch.setattr("data_loaders.shards.MAX_CLASSES", 8)
+    assert write_shards(records, tmp_path / "many").classes is None  # an index stays small
+    assert write_shards(records[1:], tmp_path / "fewer").classes is not None
 
 
 def test_a_shard_folder_may_be_empty(tmp_path: Path) -> None:
@@ -249,6 +283,8 @@ HEADER_DAMAGE: dict[str, Callable[[Path], Any]] = {
     "no format": lambda folder: change_header(folder, lambda header: header.pop("format")),
     "no shards": lambda folder: change_header(folder, lambda header: header.pop("shards")),
     "no count": lambda folder: change_header(folder, lambda header: header.pop("examples")),
+    "classes that are no list": lambda folder: change_header(folder, lambda header: header.update(classes="x")),
+    "classes that are no texts": lambda folder: change_header(folder, lambda header: header.update(classes=["x", 3])),
     "shards without a name": lambda folder: change_header(folder, lambda header: header["shards"][0].pop("file")),
 }
 ARRAY_DAMAGE: dict[str, Callable[[Path], Any]] = {
@@ -280,6 +316,23 @@ def test_damaged_arrays_are_an_error_that_names_them(folder: Path, damage: Calla
     damage(folder)
     with pytest.raises(ShardError, match=rf"^{re.escape(str(folder))}.*index\.safetensors.*Prepare"):
         open_index(folder)
+
+
+@pytest.mark.parametrize("name", ["index.json", "index.safetensors", "00001.tar"])
+def test_a_file_that_cannot_be_read_is_one_error_that_names_it(folder: Path, name: str) -> None:
+    """A folder in its place: what permissions forbid, the root of a machine may read all the same."""
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(ShardError, match=rf"^{re.escape(str(folder / name))}: cannot be read \(.*Look at its permi"):
+        list(ShardReader(open_index(folder)))
+
+
+def test_a_folder_that_cannot_be_looked_into_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ShardError, match=r"no shards here \(index\.json is missing\)"):
+        open_index(tmp_path / "file")
+    with pytest.raises(ShardError, match=r"cannot be read \(File name too long\)"):
+        open_index(tmp_path / ("x" * 300))
 
 
 @pytest.mark.parametrize("name", ["../x.tar", "/etc/passwd", "..", "0.tar/../../x.tar", "00000.tar\n", "00000.zip", ""])

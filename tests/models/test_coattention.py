@@ -29,8 +29,8 @@ def bert_layer(layer: CoAttentionLayer) -> BertLayer:
     )
     theirs = BertLayer(config)
     pairs: list[tuple[nn.Module, nn.Module]] = [
-        (layer.feed_forward.branch[0], theirs.intermediate.dense),  # type: ignore[index]
-        (layer.feed_forward.branch[3], theirs.output.dense),  # type: ignore[index]
+        (layer.feed_forward.branch[0], theirs.intermediate.dense),  # type: ignore[index]  # a Sequential
+        (layer.feed_forward.branch[3], theirs.output.dense),  # type: ignore[index]  # a Sequential
         (layer.feed_forward.norm, theirs.output.LayerNorm),
     ]
     states = theirs.state_dict()
@@ -38,8 +38,8 @@ def bert_layer(layer: CoAttentionLayer) -> BertLayer:
         attention = getattr(theirs, name)
         branch = ours.branch
         pairs += [
-            (branch.query, attention.self.query),  # type: ignore[list-item]
-            (branch.output, attention.output.dense),  # type: ignore[list-item]
+            (branch.query, attention.self.query),  # type: ignore[list-item]  # modules by getattr
+            (branch.output, attention.output.dense),  # type: ignore[list-item]  # modules by getattr
             (ours.norm, attention.output.LayerNorm),
         ]
         for part in ("weight", "bias"):

@@ -57,7 +57,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def build(seed: int = 0, **changes: Config) -> VisionLanguageModel:
     torch.manual_seed(seed)
-    return ModelConfig(**{"vision": VISION, "language": LANGUAGE, "fusion": FUSION} | changes).build()  # type: ignore[arg-type]
+    return ModelConfig(**{"vision": VISION, "language": LANGUAGE, "fusion": FUSION} | changes).build()  # type: ignore[arg-type]  # pydantic checks
 
 
 def make_batch(tokenizer: Tokenizer, num_extra: int = 0, pixels: int = 16) -> Batch:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from made_up_study import Finished
 
-from vlm.run import RESULT
-from vlm.studies.collect import Score, collect, headline, source_name, write_csv
+from data_loaders.shards import write_shards
+from vlm.config import compose, dump_yaml
+from vlm.run import CONFIG, RESULT, RunConfig
+from vlm.studies.collect import Score, collect, headline, pretraining_of, source_name, write_csv
 from vlm.studies.plan import plan
 from vlm.supervision import CaptionsConfig, MachineLabelsConfig, NoneConfig, SupervisionConfig
 from vlm.supervision.ledger import LEDGER, Entry, Ledger, model_entries, unknown_entries
+from vlm.types import Record
 
 
 def select(scores: list[Score], **wanted: object) -> list[Score]:
@@ -92,6 +95,34 @@ def test_a_score_says_who_has_seen_how_many_pairs(finished: Finished, tmp_path: 
     with (tmp_path / "results.csv").open() as read:
         (row,) = csv.DictReader(read)
     assert (row["pairs"], row["total_pairs"], row["others"]) == ("0", "", "vision 400,000,000; labeller unknown")
+
+
+def test_a_finished_run_of_before_ledgers_is_counted_where_its_data_is_and_stops_no_study(
+    finished: Finished, tmp_path: Path
+) -> None:
+    (one, *_) = [job for job in finished.jobs if job.stage == "finetune"]
+    first, root = pretraining_of(one).folder, tmp_path / "root"
+    written = {
+        first / CONFIG: compose("pretrain", ["data=folder", f"data.root={root}"], RunConfig),
+        one.folder / CONFIG: compose("finetune", ["task=nlvr2", f"start_from={first}"], RunConfig),
+    }
+
+    def counted() -> tuple[int | None, int | None]:
+        score = select(collect([one], finished.folder), metric=headline(one))[0]
+        return score.supervised_pairs, score.total_pairs
+
+    try:
+        for file, config in written.items():
+            file.write_text(dump_yaml(config))
+        assert counted() == (None, None)  # its data is gone
+        write_shards([Record(f"key-{n}", captions=("a text",)) for n in range(9)], root / "pairs" / "train")
+        assert counted() == (9, 9)
+        (root / "pairs" / "train" / "index.safetensors").write_bytes(b"")
+        assert counted() == (None, None)
+        assert not (one.folder / LEDGER).exists()
+    finally:
+        for file in written:
+            file.unlink()
 
 
 def test_sources_of_a_mixture_are_all_named() -> None:

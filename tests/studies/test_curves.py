@@ -145,6 +145,22 @@ def test_pairs_seen_elsewhere_are_on_the_axis_in_the_table_and_a_warning(
     curves.save(drawn, tmp_path / "curve.png")
 
 
+def test_the_legend_says_which_pairs_are_behind_a_line(finished: Finished, nlvr2: curves.Panel) -> None:
+    mixture = {"source": "captions+machine_labels", "supervised_pairs": 1234}
+    scores = [dataclasses.replace(s, **(mixture if s.point == "labels" else {})) for s in finished.scores]
+    assert [line.legend for line in curves.lines(scores, nlvr2)] == [
+        "image-text pairs",
+        "captions + machine labels (1,234 pairs)",
+    ]
+    (legend,) = curves.draw(scores, [nlvr2], FigureConfig()).legends
+    assert "captions + machine labels (1,234 pairs)" in [text.get_text() for text in legend.get_texts()]
+    labels = [dataclasses.replace(s, others="labeller 400,000,000" if s.point == "labels" else "") for s in scores]
+    assert [line.legend for line in curves.lines(labels, nlvr2)] == [
+        "image-text pairs",
+        "captions + machine labels (pairs seen: labeller 400,000,000)",
+    ]
+
+
 def test_what_nobody_knows_is_said_to_be_unknown(finished: Finished, nlvr2: curves.Panel) -> None:
     scores = with_books(finished.scores, "labeller unknown")
     assert curves.table_rows(scores, [nlvr2])[1][1] == "unknown"

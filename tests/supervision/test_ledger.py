@@ -51,6 +51,14 @@ def test_the_same_published_set_behind_two_components_counts_once() -> None:
     assert ledger.plus(["fusion"], [span("a", 0, 5)]).count("pairs").known == 400_000_005
 
 
+def test_a_pair_that_two_components_saw_counts_once() -> None:
+    ledger = Ledger().plus(["fusion", "language"], [span("a", 0, 30)]).plus(["vision"], [span("a", 20, 50)])
+    assert [ledger.count("pairs", [name]).known for name in ("fusion", "language", "vision")] == [30, 30, 30]
+    assert ledger.count("pairs", ["fusion", "language"]).known == 30
+    assert ledger.count("pairs").known == 50
+    assert ledger.plus(["labeller"], [span("b", 0, 30)]).count("pairs").known == 80
+
+
 def test_the_kinds_are_counted_apart() -> None:
     labels, questions = Entry("labelled_images", "a", 7), Entry("questions", "gqa", 3)
     ledger = Ledger().plus(["fusion"], [span("a", 0, 5), labels, questions])
@@ -125,8 +133,8 @@ IN1K, IN21K, WIT = 1_281_167, 14_197_122, 400_000_000
         ("timm:convnextv2_base.fcmae_ft_in22k_in1k", 0, IN21K + IN1K, IN1K),
         ("timm:eva02_base_patch14_448.mim_in22k_ft_in1k", 800_000_000, IN1K, IN21K),  # its teacher is a CLIP tower
         ("timm:vit_huge_patch14_gap_224.in1k_ijepa", 0, 0, IN1K),
-        ("timm:tf_efficientnet_b0.ns_jft_in1k", 0, IN1K, 300_000_000),
-        ("timm:eva_giant_patch14_224.clip_ft_in1k", 800_000_000, IN1K, 29_600_000),
+        ("timm:tf_efficientnet_b0.ns_jft_in1k", 0, IN1K, 81_000_000),
+        ("timm:eva_giant_patch14_224.clip_ft_in1k", 800_000_000, IN1K, 30_000_000),
         ("timm:tf_efficientnetv2_s.in21k_ft_in1k", 0, IN21K + IN1K, 0),
         ("timm:test_vit.r160_in1k", 0, IN1K, 0),
         ("timm:test_resnet.r160_in1k", 0, IN1K, 0),
@@ -145,6 +153,15 @@ def test_a_name_tells_what_its_weights_have_seen(model: str, pairs: int, labelle
     ledger = Ledger().plus(["vision"], model_entries("vision", model))
     counts = [ledger.count(kind) for kind in ("pairs", "labelled_images", "images")]
     assert [(one.known, one.unknown) for one in counts] == [(pairs, ()), (labelled, ()), (images, ())]
+
+
+def test_a_set_of_unknown_size_leaves_open_its_own_kind_alone() -> None:
+    ledger = Ledger().plus(["vision"], model_entries("vision", "timm:resnet50.fb_ssl_yfcc100m_ft_in1k"))
+    assert [str(ledger.count(kind)) for kind in ("pairs", "labelled_images", "images")] == [
+        "0",
+        f"{IN1K:,}",
+        "a part of YFCC-100M",
+    ]
 
 
 def test_roberta_s_texts_are_known_by_their_size_alone() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_loaders.beside import CaptionFile, SideShards, open_beside
+from data_loaders.beside import CaptionFile, SideShards, content_fingerprint, of_split, open_beside
 from data_loaders.shards import ShardReader, write_shards
 from vlm.config import CustomConfig
 from vlm.errors import UserError
@@ -317,6 +317,22 @@ def test_what_lies_beside_the_data_is_found_by_split_and_must_be_complete(tmp_pa
 
 
 # --- No text ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "captions.csv", "x" * 300])
+def test_what_lies_beside_the_data_and_cannot_be_read_is_one_error(tmp_path: Path, name: str) -> None:
+    """A folder in the place of a file, and a name that no system takes: the root of a machine may read all else."""
+    path = tmp_path / name
+    if len(name) < 300:
+        path.mkdir()
+        with pytest.raises(UserError, match=rf"^{path}: holds no side shards"):
+            content_fingerprint(path)
+        with pytest.raises(UserError, match=rf"^{path}: cannot be read \(Is a directory\)"):
+            CaptionFile(path)
+    else:
+        for read in (content_fingerprint, lambda path: of_split(path, "train")):
+            with pytest.raises(UserError, match=r"x: cannot be read \(File name too long\)"):
+                read(path)
 
 
 def test_an_image_alone_has_no_text_whatever_is_known_of_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_loaders import FolderData
 from data_loaders.shards import ShardReader, open_index, write_shards
 from vlm.bookkeeping import ledger_of, ledger_of_run
-from vlm.config import compose, fingerprint
-from vlm.run import RunConfig, train
+from vlm.config import compose, dump_yaml, fingerprint
+from vlm.run import CONFIG, RunConfig, train
 from vlm.supervision.ledger import LEDGER, Component, Ledger, read_ledger
 from vlm.supervision.published import KINDS, Kind
 from vlm.types import Record
@@ -69,8 +70,79 @@ def test_a_mixture_is_counted_by_what_each_example_shows(make_config: MakeConfig
     ledger = ledger_of(config, root)
     counts = seen(ledger, "fusion")
     assert counts.keys() == {"pairs", "labelled_images", "images"} and sum(counts.values()) == 64
-    assert ledger_of(config, root, max_read=10).count("pairs").unknown  # `vlm show` reads no millions
+    assert ledger_of(config, root, max_read=10).count("pairs").unknown  # nobody reads many millions
     assert ledger_of(config, None).count("pairs").unknown
+
+
+def test_the_same_shards_in_another_folder_are_the_same_data_and_others_are_not(tmp_path: Path) -> None:
+    records = [Record(f"key-{n}", captions=("a text",)) for n in range(40)]
+    for name, words in (("one", "a text"), ("copy", "a text"), ("other", "another")):
+        changed = [dataclasses.replace(record, captions=(words,)) for record in records]
+        write_shards(changed, tmp_path / name / "pairs" / "train", 16)
+
+    def config(name: str, *more: str) -> RunConfig:
+        data = ("data=folder", f"data.root={tmp_path / name}", "supervision.fraction=0.5")
+        return compose("pretrain", [*data, *more], RunConfig)
+
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / CONFIG).write_text(dump_yaml(config("one")))
+    for name, count in (("copy", 20), ("other", 40)):
+        ledger = ledger_of(config(name, f"start_from={tmp_path / 'first'}"), tmp_path / name)
+        assert seen(ledger, "fusion", "language", "vision") == {"pairs": count}
+
+
+@pytest.mark.parametrize(
+    ("sources", "is_told"),
+    [
+        ("{type: captions}", True),
+        ("{type: class_names}", True),
+        ("{type: none}", True),
+        ("{type: machine_labels}, {type: class_names}", True),
+        ("{type: machine_labels, labels_from: SIDE}", True),
+        ("{type: generated_captions, file: SIDE}", True),
+        ("{type: machine_labels, labels_from: SIDE, min_score: 0.6}", False),
+        ("{type: machine_labels, labels_from: SIDE, missing: none}", False),
+        ("{type: captions}, {type: machine_labels}", False),
+    ],
+)
+def test_what_an_index_tells_is_what_reading_finds(
+    make_config: MakeConfig, tmp_path: Path, sources: str, is_told: bool
+) -> None:
+    """And a long window is then counted too, which nobody reads."""
+    source = make_config("pretrain").data.prepare(progress=False) / "pairs" / "train"
+    records = [
+        Record(record.key, b"", record.captions, ("x", "y"), (0.5 + number % 2 / 4, 0.1), ("c",))
+        for number, record in enumerate(ShardReader(open_index(source)))
+    ]
+    write_shards(records, tmp_path / "root" / "pairs" / "train", 10)
+    write_shards(records, tmp_path / "side")
+    data = ("data=folder", f"data.root={tmp_path / 'root'}", "supervision.fraction=0.5")
+    config = compose(
+        "pretrain", [*data, f"supervision.sources=[{sources.replace('SIDE', str(tmp_path / 'side'))}]"], RunConfig
+    )
+    told = ledger_of(config, tmp_path / "root", max_read=0)
+    read = ledger_of(config, tmp_path / "root")
+    assert any("at most 32" in str(told.count(kind, ["fusion"])) for kind in KINDS) != is_told
+    for folder in ("root/pairs/train", "side"):
+        file = tmp_path / folder / "index.json"
+        header = json.loads(file.read_text())
+        file.write_text(json.dumps({name: header[name] for name in header if name != "complete"}))
+    old = ledger_of(config, tmp_path / "root")
+    assert old.text() == read.text() and sum(seen(old, "fusion").values()) == 32
+    if is_told:
+        assert told.text() == read.text()
+
+
+def test_the_examples_of_a_remote_root_are_not_fetched_to_be_counted(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        records = (Record(f"{split}-{n}", captions=("a text",), labels=("x",)) for n in range(9))
+        write_shards(records, tmp_path / "pairs" / split)
+    for sources, pairs in (("{type: captions}", "9"), ("{type: captions}, {type: none}", "at most 9")):
+        data = ("data=folder", f"data.root={tmp_path.as_uri()}", f"supervision.sources=[{sources}]")
+        config = compose("pretrain", [*data], RunConfig)
+        root = config.data.prepare(progress=False)
+        (tmp_path / "pairs" / "train" / "00000.tar").unlink(missing_ok=True)
+        assert str(ledger_of(config, root).count("pairs", ["fusion"])) == pairs
 
 
 def test_no_pretraining_has_seen_nothing(make_config: MakeConfig) -> None:

@@ -80,7 +80,7 @@ def test_a_run_that_skips_ends_the_same_after_a_restart(
     def killed(self: Pretraining, batch: object, batch_idx: int) -> torch.Tensor:
         if batch_idx == 5:
             raise Killed
-        return step(self, batch, batch_idx)  # type: ignore[arg-type]
+        return step(self, batch, batch_idx)  # type: ignore[arg-type]  # handed on as it comes
 
     config = make(*options, folder="cut")
     with monkeypatch.context() as patch, pytest.raises(Killed):

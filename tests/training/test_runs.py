@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import vlm
 from data_loaders import FolderData
-from vlm.config import dump_yaml
+from vlm.config import compose, dump_yaml
 from vlm.errors import UserError
 from vlm.run import BEST, CONFIG, LAST, RESULT, RunConfig, read_checkpoint, train
 from vlm.scoring.nlvr2 import read_labels
@@ -162,6 +162,25 @@ def test_a_run_is_not_resumed_on_other_data(make_config: MakeConfig, tmp_path: P
     shutil.rmtree(root / "pairs" / "train")
     shutil.copytree(root / "pairs" / "validation", root / "pairs" / "train")
     with pytest.raises(UserError, match=r"began on other data \(pairs/train\)"):
+        train(config)
+
+
+def test_a_root_without_unpaired_texts_is_one_line_that_says_what_they_are_for(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(make_config("pretrain").data.prepare(progress=False), tmp_path / "root")
+    shutil.rmtree(tmp_path / "root" / "texts")
+    data = ("data=folder", f"data.root={tmp_path / 'root'}", "trainer.accelerator=cpu", "trainer.progress=false")
+    for name, message in (
+        ("pretrain", r"texts/train\.txt: no such file\. The tiny language encoder takes its words from .*model=base"),
+        ("unimodal_language", r"texts/train\.txt: no such file\. data\.part=texts learns from texts/train\.txt and"),
+    ):
+        config = compose(name, data, RunConfig).model_copy(update={"folder": tmp_path / name})
+        with pytest.raises(UserError, match=message):
+            train(config)
+    (tmp_path / "root" / "texts").mkdir()
+    (tmp_path / "root" / "texts" / "train.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"texts/train\.txt: cannot be read as UTF-8"):
         train(config)
 
 

@@ -58,12 +58,12 @@ class VisionLanguageModel(nn.Module):
             return image
         pixels = (image - cast(Tensor, self.pixel_mean)) / cast(Tensor, self.pixel_std)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.frozen):
-            return self.vision(pixels)  # type: ignore[no-any-return]
+            return self.vision(pixels)  # type: ignore[no-any-return]  # a module's call gives Any
 
     def encode_text(self, ids: Int[Tensor, "n l"], mask: Bool[Tensor, "n l"]) -> Float[Tensor, "n l dl"]:
         """States of the language encoder alone."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and "language" not in self.frozen):
-            return self.language(ids, mask)  # type: ignore[no-any-return]
+            return self.language(ids, mask)  # type: ignore[no-any-return]  # a module's call gives Any
 
     def encode(
         self, image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b p dv"] | None, views: Sequence[View]
@@ -100,7 +100,7 @@ class VisionLanguageModel(nn.Module):
         size = len(image)
         text = self.language_projection(text_states).expand(size, -1, -1)
         fused_image, fused_text = self.fusion(image, text, mask.expand(size, -1))
-        return self.pooler(fused_text, fused_image)  # type: ignore[no-any-return]
+        return self.pooler(fused_text, fused_image)  # type: ignore[no-any-return]  # a module's call gives Any
 
     def _encode_distinct_texts(self, views: Sequence[View]) -> dict[int, Float[Tensor, "b l dl"]]:
         """Language states by the identity of each distinct `text_ids` tensor, from one call of the encoder."""

@@ -24,41 +24,53 @@ class Published:
     note: str = ""
 
 
-IMAGENET_1K = Published("labelled_images", "ImageNet-1k", 1_281_167)  # arXiv 1409.0575, table 1
-IMAGENET_21K = Published("labelled_images", "ImageNet-21k", 14_197_122)  # image-net.org, release of fall 2011
-WIT = Published("pairs", "OpenAI's WIT", 400_000_000)  # arXiv 2103.00020, section 2.2
-LAION_400M = Published("pairs", "LAION-400M", 400_000_000)  # arXiv 2111.02114
+IMAGENET_1K = Published("labelled_images", "ImageNet-1k", 1_281_167)  # arXiv 1409.0575: ILSVRC 2012's training images
+IMAGENET_21K = Published("labelled_images", "ImageNet-21k", 14_197_122)  # image-net.org; 21,841 classes
+WIT = Published("pairs", "OpenAI's WIT", 400_000_000)  # arXiv 2103.00020, abstract
+LAION_400M = Published("pairs", "LAION-400M", 400_000_000)  # arXiv 2111.02114, title: filtered pairs
+DATACOMP_1B = Published("pairs", "DataComp-1B", 1_400_000_000)  # arXiv 2304.14108, abstract of its first version
 
-# Parts of timm's and open_clip's tags, which name the data that weights come from.
+# Parts of timm's and open_clip's tags, which name the data that weights come from. Where the authors give a round
+# number, so do we. A set whose size they do not give stays here with what is known of it, and its count unknown.
 SETS: dict[str, Published] = {
     "in1k": IMAGENET_1K,
     "in21k": IMAGENET_21K,
     "in22k": IMAGENET_21K,
-    "in12k": IMAGENET_21K,  # 11,821 of its classes; counted as the whole
-    "ns_jft": Published("images", "JFT-300M", 300_000_000),  # arXiv 1911.04252: its labels were not used
-    "ssl_yfcc100m": Published("images", "YFCC-100M", 90_000_000),  # arXiv 1905.00546, section 3.2: without its tags
-    "seer": Published("images", "SEER's Instagram images", 1_000_000_000),  # arXiv 2103.01988
-    "m30m": Published("images", "Merged-30M", 29_600_000),  # arXiv 2211.07636, table 3
-    "m38m": Published("images", "Merged-38M", 38_000_000),  # arXiv 2303.11331
-    "ig1b": Published("labelled_images", "IG-1B", 940_000_000, "hashtags"),  # arXiv 1905.00546, section 3.2
-    "swag": Published("labelled_images", "IG-3.6B", 3_600_000_000, "hashtags"),  # arXiv 2201.08371
+    "in12k": IMAGENET_21K,  # timm's model cards: "a 11821 class subset of full ImageNet-22k"; counted as the whole
+    # arXiv 1911.04252, section on data filtering: of 300 million images, without their labels, students saw 81 million
+    # distinct ones.
+    "ns_jft": Published("images", "JFT-300M", 81_000_000),
+    # README of facebookresearch/semi-supervised-ImageNet1K-models: "a subset of unlabeled YFCC100M".
+    "ssl_yfcc100m": Published("images", "YFCC-100M", None, "a part of YFCC-100M"),
+    "seer": Published("images", "SEER's Instagram images", 1_000_000_000),  # arXiv 2103.01988, abstract: "1B random"
+    # README of baaivision/EVA: ImageNet-21k, CC12M, CC3M, COCO, ADE20K, Objects365; in numbers, what its name says.
+    "m30m": Published("images", "Merged-30M", 30_000_000),
+    "m38m": Published("images", "Merged-38M", 38_000_000),  # the same with OpenImages; what its name says
+    # READMEs of facebookresearch/WSL-Images and of semi-supervised-ImageNet1K-models: "940 million public images with
+    # 1.5K hashtags". The semi-weakly supervised students saw 64 million of them, their teacher all with the hashtags.
+    "ig1b": Published("labelled_images", "IG-1B", 940_000_000, "hashtags"),
+    "swag": Published("labelled_images", "IG-3.6B", 3_600_000_000, "hashtags"),  # torchvision's docs; arXiv 2201.08371
     "lvd142m": Published("images", "LVD-142M", 142_000_000),  # arXiv 2304.07193
-    "lvd1689m": Published("images", "LVD-1689M", 1_689_000_000),  # arXiv 2508.10104
+    "lvd1689m": Published("images", "LVD-1689M", 1_689_000_000),  # arXiv 2508.10104 and model card: "1,689 millions"
     "openai": WIT,
     "laion400m": LAION_400M,
-    "laion2b": Published("pairs", "LAION-2B-en", 2_320_000_000),  # arXiv 2210.08402
-    "laiona": Published("pairs", "LAION-Aesthetic", 900_000_000),  # open_clip's docs/PRETRAINED.md
-    "datacomp1b": Published("pairs", "DataComp-1B", 1_400_000_000),  # arXiv 2304.14108
-    "datacompxl": Published("pairs", "DataComp-1B", 1_400_000_000),
-    "datacomp_xl": Published("pairs", "DataComp-1B", 1_400_000_000),
-    "dfn2b": Published("pairs", "DFN-2B", 2_000_000_000),  # arXiv 2309.17425
+    "laion2b": Published("pairs", "LAION-2B-en", 2_320_000_000),  # arXiv 2210.08402: the English part of LAION-5B
+    # Model card of laion/CLIP-convnext_base_w-laion_aesthetic-s13B-b82K: "an ~900M sample subset of LAION-2B".
+    "laiona": Published("pairs", "LAION-Aesthetic", 900_000_000),
+    "datacomp1b": DATACOMP_1B,
+    "datacompxl": DATACOMP_1B,  # open_clip's docs/datacomp_models.md: datacomp_xl was trained on it
+    "datacomp_xl": DATACOMP_1B,
+    # Model cards of apple/DFN2B-CLIP-* and apple/DFN5B-CLIP-*: "2B images", "5B images"; arXiv 2309.17425.
+    "dfn2b": Published("pairs", "DFN-2B", 2_000_000_000),
     "dfn5b": Published("pairs", "DFN-5B", 5_000_000_000),
-    "metaclip_400m": Published("pairs", "MetaCLIP-400M", 400_000_000),  # arXiv 2309.16671
+    # README of facebookresearch/MetaCLIP, whose data cards are of 400M and 2.5B; arXiv 2309.16671.
+    "metaclip_400m": Published("pairs", "MetaCLIP-400M", 400_000_000),
     "metaclip_2pt5b": Published("pairs", "MetaCLIP-2.5B", 2_500_000_000),
-    "merged2b": Published("pairs", "Merged-2B", 2_000_000_000),  # arXiv 2303.15389
-    "cc12m": Published("pairs", "CC12M", 12_423_374),  # arXiv 2102.08981
-    "yfcc15m": Published("pairs", "YFCC-15M", 14_829_396),  # arXiv 2103.00020, section 2.2: 15 million
-    "webli": Published("pairs", "WebLI", 10_000_000_000, "its whole size"),  # arXiv 2209.06794: 10 billion images
+    # README of EVA-CLIP in baaivision/EVA: 1.6 billion of LAION-2B and 0.4 billion of COYO-700M.
+    "merged2b": Published("pairs", "Merged-2B", 2_000_000_000),
+    "cc12m": Published("pairs", "CC12M", 12_423_374, "its whole size"),  # arXiv 2102.08981
+    "yfcc15m": Published("pairs", "YFCC-15M", 14_829_396),  # data/yfcc100m.md of openai/CLIP
+    "webli": Published("pairs", "WebLI", 10_000_000_000, "its whole size"),  # arXiv 2502.14786: 10 billion images
 }
 WITHOUT_LABELS = ("dino", "dinov3", "mae", "fcmae", "mim", "ijepa")
 """Parts of a tag: what stands before "ft" was learnt from pictures alone; of ImageNet-1k where no set is named."""
@@ -72,17 +84,19 @@ SIZES = re.compile(r"r?[0-9]+|e[0-9]+|[0-9]+ep|s[0-9]+[mb]|b[0-9]+k")
 
 # Masked image models that learnt to predict a CLIP tower's features have seen its pairs through them.
 TEACHERS: dict[str, tuple[Published, ...]] = {
-    "beitv2": (WIT,),  # arXiv 2208.06366, section 3.1
-    "eva": (WIT,),  # arXiv 2211.07636
+    "beitv2": (WIT,),  # timm's model cards: a visual tokenizer "via OpenAI CLIP B/16 teacher"; arXiv 2208.06366
+    "eva": (WIT,),  # README of baaivision/EVA: its teacher is OpenAI's ViT-L/14
     "eva01": (WIT,),
-    "eva02": (WIT, LAION_400M),  # arXiv 2303.11331: EVA-CLIP, which began as EVA
+    "eva02": (WIT, LAION_400M),  # README of EVA-CLIP: its teacher is EVA01_CLIP_g_14, of LAION-400M, which began as EVA
 }
 UNLISTED = {"beit", "beit3", "aimv2", "pe", "radio", "tipsv2"}
 """Words of architectures whose weights saw data that their tags do not name."""
 
-BERT_CORPUS = Published("texts", "BooksCorpus and English Wikipedia", None, "3.3 billion words")  # arXiv 1810.04805
-ROBERTA_CORPUS = Published("texts", "RoBERTa's corpora", None, "160 GB of text")  # arXiv 1907.11692, section 3.2
-MINILM_PAIRS = Published(  # the model card's table, its COCO and Flickr30k rows among them
+# arXiv 1810.04805, on its data: 800 and 2,500 million words.
+BERT_CORPUS = Published("texts", "BooksCorpus and English Wikipedia", None, "3.3 billion words")
+# arXiv 1907.11692, on its data: "over 160GB of uncompressed text".
+ROBERTA_CORPUS = Published("texts", "RoBERTa's corpora", None, "160 GB of text")
+MINILM_PAIRS = Published(  # the total in the table of the model card, its COCO and Flickr30k rows among them
     "texts", "sentence-transformers' pairs", 1_170_060_424, "pairs of texts; some are captions, without their images"
 )
 LANGUAGE_MODELS: dict[str, tuple[Published, ...]] = {

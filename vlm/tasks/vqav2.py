@@ -165,7 +165,7 @@ def read_questions(file: OfficialFile, annotations: OfficialFile | None) -> Iter
     known: dict[int, Annotation] = {}
     for annotation in read_annotations(annotations) if annotations is not None else ():
         if annotation.question_id in known:
-            raise annotations.error(f"question {annotation.question_id} is annotated twice")  # type: ignore[union-attr]
+            raise annotations.error(f"question {annotation.question_id} is annotated twice")  # type: ignore[union-attr]  # not None here
         known[annotation.question_id] = annotation
     seen: set[int] = set()
     split = _split_of(file)

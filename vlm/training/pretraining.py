@@ -59,7 +59,7 @@ class Pretraining(TrainingModule):
         return values | {"loss": total}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # a connector of Lightning sets it
         values = self.losses_of(batch, by_source=self.is_mixture and is_logged, training=True)
         if is_logged and batch.sources:
             shares = {source: batch.sources.count(source) / len(batch.sources) for source in get_args(Source)}

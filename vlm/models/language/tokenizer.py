@@ -38,7 +38,12 @@ class Tokenizer:
         from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
         if not texts.is_file():
-            raise UserError(f"{texts}: no such file; the tiny language encoder takes its words from unpaired texts")
+            raise UserError(
+                f"{texts}: no such file. The tiny language encoder takes its words from texts/train.txt of the data "
+                "root: unpaired texts, one a line, which no preparer of images writes. Put texts there that belong to "
+                "none of the images (their captions would be supervision that no ledger counts), or use a language "
+                "encoder that brings its words along (model=base)"
+            )
         backend = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN))
         backend.normalizer = normalizers.BertNormalizer()
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -57,7 +57,7 @@ class TransformersLanguage(nn.Module):
 
     def forward(self, text_ids: Int[Tensor, "n l"], text_mask: Bool[Tensor, "n l"]) -> Float[Tensor, "n l d"]:
         states = self.model(input_ids=text_ids, attention_mask=text_mask.to(text_ids.dtype)).last_hidden_state
-        return states  # type: ignore[no-any-return]
+        return states  # type: ignore[no-any-return]  # the library gives Any
 
 
 def load_tokenizer(name: str, weights: Path | str | None = None) -> tokenizers.Tokenizer:
