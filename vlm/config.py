@@ -15,8 +15,9 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar, Union
 
 import pydantic
 import yaml
@@ -26,6 +27,7 @@ from vlm.errors import UserError
 
 if TYPE_CHECKING:  # Hydra takes longer to import than everything else here, and most importers never compose
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
@@ -115,7 +117,38 @@ def available_configs(config_folder: Path | None = None) -> list[str]:
     return _options(_search_folders(config_folder), "")
 
 
-def compose(name: str | None, overrides: Sequence[str], schema: type[C], config_folder: Path | None = None) -> C:
+@dataclass(frozen=True)
+class Setting:
+    """A value for one key, as the override `key=value` sets it; or, with `is_delete`, what `~key` does."""
+
+    key: str
+    value: Any = None
+    is_delete: bool = False
+
+    def __str__(self) -> str:
+        return f"~{self.key}" if self.is_delete else f"{self.key}={written(self.value)}"
+
+
+def written(value: Any) -> str:
+    """A value of YAML in the grammar of overrides."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{written(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(written(inner) for inner in value) + "]"
+    if isinstance(value, str):
+        is_word = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value)
+        if is_word and value.lower() not in ("true", "false", "null", "nan", "inf"):
+            return value
+        # Hydra reads \' as a quote, and \\ as a backslash only where backslashes stand before a quote.
+        escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+        trailing = len(escaped) - len(escaped.rstrip("\\"))
+        return f"'{escaped}{chr(92) * trailing}'"
+    return json.dumps(value)
+
+
+def compose(
+    name: str | None, overrides: Sequence[str | Setting], schema: type[C], config_folder: Path | None = None
+) -> C:
     """The config `name` with `overrides` applied, validated into `schema`. `config_folder` is searched first.
 
     Without a name: the Python defaults with `overrides` applied.
@@ -129,13 +162,162 @@ def compose(name: str | None, overrides: Sequence[str], schema: type[C], config_
     folders = _search_folders(config_folder) if name is not None else []
     if name is not None and not any((folder / f"{name}.yaml").is_file() for folder in folders):
         raise ConfigError(f"unknown config {name!r}. {did_you_mean(name, _options(folders, ''))}")
-    choices, settings = _split_overrides(overrides, folders)
+    choices, settings = _split_overrides(overrides, _groups(folders))
     composed, files = _hydra_compose(name, choices, folders) if name is not None else (OmegaConf.create({}), [])
     for setting in settings:
         _apply(composed, setting, schema)
     tree = _resolve(composed)
-    from_overrides = {setting.key_or_group for setting in settings}
+    from_overrides = {setting.key for setting in settings}
     return _validate(tree, schema, lambda path: _source_file(path, files, from_overrides))
+
+
+class _NeedsOmegaConf(Exception):
+    """A tree that is more than plain keys and values."""
+
+
+class Composer(Generic[C]):
+    """`compose` for thousands of values that differ in little, at a fraction of a millisecond each.
+
+    Files are read once for each choice of them, and each section of the value is validated once for each content.
+    What is rare (text around an interpolation, keys inside of lists) and what is wrong goes to `compose`.
+    """
+
+    def __init__(self, schema: type[C], config_folder: Path | None = None) -> None:
+        self.schema = schema
+        self.config_folder = config_folder
+        self.folders = _search_folders(config_folder)
+        self.groups = _groups(self.folders)
+        self.parse = cache(_parse_override)
+        self.alternatives = cache(lambda section, field: _alternatives(section, field, schema))
+        self.bases: dict[tuple[str, ...], dict[str, Any]] = {}  # composed files by config and choices
+        self.texts: dict[int, tuple[Any, str]] = {}  # sections of the bases by their `id`, which they keep alive
+        self.sections: dict[tuple[str, str], Any] = {}  # validated sections by name and text
+
+    def compose(self, name: str, overrides: Sequence[str | Setting]) -> C:
+        """What `compose` gives, with equal sections of all values being one object."""
+        choices, settings = _split_overrides(overrides, self.groups, self.parse)
+        base = self._base(name, choices)
+        if base is not None:
+            try:
+                tree = base
+                for setting in settings:
+                    tree = self._applied(tree, setting)
+                return self.schema.model_validate({key: self._section(key, tree) for key in tree})
+            except (_NeedsOmegaConf, pydantic.ValidationError):
+                pass
+        return compose(name, overrides, self.schema, self.config_folder)
+
+    def _base(self, name: str, choices: Sequence[Override]) -> dict[str, Any] | None:
+        """The composed files as plain values, not yet resolved; None where they cannot be composed."""
+        from omegaconf import OmegaConf
+
+        key = (name, *(str(choice.input_line) for choice in choices))
+        if key not in self.bases:
+            if name not in _options(self.folders, ""):
+                return None
+            base = OmegaConf.to_container(_hydra_compose(name, choices, self.folders)[0])
+            assert isinstance(base, dict)
+            self.bases[key] = typing.cast("dict[str, Any]", base)
+            self.texts |= {id(section): (section, json.dumps(section)) for section in base.values()}
+        return self.bases[key]
+
+    def _applied(self, tree: dict[str, Any], setting: Setting) -> dict[str, Any]:
+        """The tree with one value set, sharing all else."""
+        if setting.is_delete:
+            raise _NeedsOmegaConf
+        *parents, leaf = setting.key.split(".")
+        value = setting.value
+        if leaf == "type" and parents:
+            holder = _plain(tree, parents)
+            return tree if holder.get(leaf, value) == value else _with(tree, parents, {leaf: value})
+        before = _plain(tree, parents).get(leaf)
+        if isinstance(value, dict) and isinstance(before, dict) and "type" not in value:
+            value = _over(before, value)
+        tree = _with(tree, [*parents, leaf], value)
+        if parents and value is not None:
+            for other in self.alternatives(tuple(parents), leaf):
+                tree = _with(tree, [*parents, other], None)
+        return tree
+
+    def _section(self, key: str, tree: Mapping[str, Any]) -> Any:
+        """The value under a key of the tree, interpolations resolved and validated."""
+        section, text = self.texts.get(id(tree[key]), (None, ""))
+        if section is not tree[key]:
+            section, text = tree[key], json.dumps(tree[key])
+        if "???" in text:
+            raise _NeedsOmegaConf
+        if "${" in text:
+            section = _resolved(section, tree)
+            text = json.dumps(section)
+        if (key, text) not in self.sections:
+            self.sections[key, text] = self._validated(key, section)
+        return self.sections[key, text]
+
+    def _validated(self, key: str, section: Any) -> Any:
+        """By both sets of rules that `_validate` asks for, of this section alone."""
+        field = self.schema.model_fields.get(key)
+        if field is None:
+            raise _NeedsOmegaConf
+        text = json.dumps(_over_defaults({key: section}, self.schema)[key])
+        adapter = _adapter(self.schema, key)
+        value = adapter.validate_python(json.loads(text))
+        try:
+            adapter.validate_json(text, strict=True)
+        except pydantic.ValidationError as error:
+            paths = [_locate((key, *problem["loc"]), self.schema)[0] for problem in error.errors(include_url=False)]
+            if any(path == (key,) or _contains({key: section}, path) for path in paths):
+                raise
+        return value
+
+
+@cache
+def _adapter(schema: type[Config], key: str) -> Any:
+    field = schema.model_fields[key]
+    annotation: Any = Annotated[field.annotation, field]
+    return pydantic.TypeAdapter(annotation)
+
+
+def _plain(tree: Any, parents: Sequence[str]) -> dict[str, Any]:
+    """The keys and values at a path; none where nothing is there yet."""
+    for parent in parents:
+        tree = tree.get(parent)
+        if tree is None:
+            return {}
+        if not isinstance(tree, dict):
+            raise _NeedsOmegaConf
+    return typing.cast("dict[str, Any]", tree)
+
+
+def _with(tree: dict[str, Any] | None, path: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy with the value at this path; what lies elsewhere is shared."""
+    first, *rest = path
+    tree = tree or {}
+    return tree | {first: _with(tree.get(first), rest, value) if rest else value}
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, key by key."""
+    both = {key for key in below.keys() & above.keys() if isinstance(below[key], dict) and isinstance(above[key], dict)}
+    return below | above | {key: _over(below[key], above[key]) for key in both}
+
+
+_INTERPOLATION = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
+
+
+def _resolved(value: Any, tree: Mapping[str, Any]) -> Any:
+    """The value with what its interpolations name in its place."""
+    if isinstance(value, dict):
+        return {key: _resolved(inner, tree) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_resolved(inner, tree) for inner in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    whole = _INTERPOLATION.fullmatch(value)
+    *parents, leaf = whole.group(1).split(".") if whole else [""]
+    named = _plain(tree, parents).get(leaf)
+    if named is None or isinstance(named, dict | list) or (isinstance(named, str) and "$" in named):
+        raise _NeedsOmegaConf
+    return named
 
 
 def apply_overrides(config: C, overrides: Sequence[str]) -> C:
@@ -143,7 +325,7 @@ def apply_overrides(config: C, overrides: Sequence[str]) -> C:
     from omegaconf import OmegaConf
 
     tree = OmegaConf.create(config.model_dump(mode="json"))
-    for setting in _split_overrides(overrides, [])[1]:
+    for setting in _split_overrides(overrides, {})[1]:
         _apply(tree, setting, type(config))
     return _validate(_resolve(tree), type(config), lambda _: None)
 
@@ -176,41 +358,68 @@ def _options(folders: Sequence[Path], group: str) -> list[str]:
     return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
 
 
-def _groups(folders: Sequence[Path]) -> list[str]:
-    return sorted({str(sub.relative_to(folder)) for folder in folders for sub in folder.rglob("*") if sub.is_dir()})
+def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
+    """The options of each config group."""
+    names = {str(sub.relative_to(folder)) for folder in folders for sub in folder.rglob("*") if sub.is_dir()}
+    return {name: _options(folders, name) for name in sorted(names)}
 
 
-def _split_overrides(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[list[Override], list[Override]]:
+def _split_overrides(
+    overrides: Sequence[str | Setting],
+    groups: Mapping[str, Sequence[str]],
+    parse: Callable[[str], Override] | None = None,
+) -> tuple[list[Override], list[Setting]]:
     """(choices of config groups, which are Hydra's to make; settings of values, variants first)."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser, groups = OverridesParser.create(), _groups(folders)
+    parse = parse or _parse_override
     choices: list[Override] = []
-    settings: list[Override] = []
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            reasons = str(error).splitlines()[1:2]
-            raise ConfigError(f"override {text!r}: expected key=value ({'; '.join(reasons)})") from None
-        if override.is_sweep_override():
-            raise ConfigError(f"override {text!r}: several values. Give one, quote the comma, or write a [list]")
+    settings: list[Setting] = []
+    for given in overrides:
+        if isinstance(given, Setting) and not (given.key in groups and _names_option(given.value)):
+            settings.append(given)
+            continue
+        override = parse(str(given))
         key = override.key_or_group
         value = None if override.is_delete() else override.value()
-        if key.split(".")[0] == "hydra":
-            raise ConfigError(f"override {text!r}: Hydra's own settings have no effect here")
-        if key in groups and not isinstance(value, dict | int | float):
+        if key in groups and _names_option(value):
             for option in value if isinstance(value, list) else [value]:
-                if option is not None and option not in _options(folders, key):
-                    known = did_you_mean(str(option), _options(folders, key))
+                if option is not None and option not in groups[key]:
+                    known = did_you_mean(str(option), groups[key])
                     raise ConfigError(f"{key}: unknown option {option!r}. {known}")
             choices.append(override)
         elif "/" in key or override.package is not None:
-            raise ConfigError(f"override {text!r}: unknown config group {key!r}. {did_you_mean(key, groups)}")
+            known = did_you_mean(key, groups)
+            raise ConfigError(f"override {str(given)!r}: unknown config group {key!r}. {known}")
         else:
-            settings.append(override)
-    return choices, sorted(settings, key=lambda setting: not setting.key_or_group.endswith(".type"))
+            settings.append(Setting(key, value, override.is_delete()))
+    return choices, sorted(settings, key=lambda setting: not setting.key.endswith(".type"))
+
+
+def _names_option(value: Any) -> bool:
+    """Whether the value of a group's key chooses one of its files, rather than to set something."""
+    return not isinstance(value, dict | int | float)
+
+
+def _parse_override(text: str) -> Override:
+    """An override in Hydra's grammar, which may not be Hydra's own setting nor a sweep."""
+    from hydra.errors import HydraException
+
+    try:
+        override = _parser().parse_override(text)
+    except HydraException as error:
+        reasons = str(error).splitlines()[1:2]
+        raise ConfigError(f"override {text!r}: expected key=value ({'; '.join(reasons)})") from None
+    if override.is_sweep_override():
+        raise ConfigError(f"override {text!r}: several values. Give one, quote the comma, or write a [list]")
+    if override.key_or_group.split(".")[0] == "hydra":
+        raise ConfigError(f"override {text!r}: Hydra's own settings have no effect here")
+    return override
+
+
+@cache
+def _parser() -> OverridesParser:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create()
 
 
 @dataclass(frozen=True)
@@ -270,21 +479,21 @@ def _hydra_compose(
     return composed, files
 
 
-def _apply(tree: DictConfig, setting: Override, schema: type[Config]) -> None:
+def _apply(tree: DictConfig, setting: Setting, schema: type[Config]) -> None:
     """Set or delete one value in the composed tree."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    key = setting.key_or_group
+    key = setting.key
     parent, _, leaf = key.rpartition(".")
     try:
-        if setting.is_delete():
+        if setting.is_delete:
             holder = OmegaConf.select(tree, parent) if parent else tree
             if not OmegaConf.is_dict(holder) or leaf not in holder:
-                raise ConfigError(f"override {setting.input_line!r}: no file sets {key}, so there is nothing to delete")
+                raise ConfigError(f"override {str(setting)!r}: no file sets {key}, so there is nothing to delete")
             del holder[leaf]
             return
-        value = setting.value()
+        value = setting.value
         if leaf == "type" and parent and OmegaConf.select(tree, key, default=value) != value:
             OmegaConf.update(tree, parent, {"type": value}, merge=False, force_add=True)
         else:
@@ -294,7 +503,7 @@ def _apply(tree: DictConfig, setting: Override, schema: type[Config]) -> None:
             for other in _alternatives(tuple(parent.split(".")), leaf, schema):
                 OmegaConf.update(tree, f"{parent}.{other}", None, force_add=True)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(f"override {setting.input_line!r}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"override {str(setting)!r}: {str(error).splitlines()[0]}") from None
 
 
 def _alternatives(section: KeyPath, field: str, schema: type[Config]) -> list[str]:
@@ -610,39 +819,64 @@ def fingerprint(config: Config) -> str:
     `FINGERPRINT_FORMAT`. Of a `RunReference` that ends in a fingerprint only the final name counts, so that the runs
     folder can move; any other path counts whole.
     """
-    content = {"format": FINGERPRINT_FORMAT, "config": _identity(config)}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return Fingerprints().of(config)
 
 
-def _identity(value: Any, is_reference: bool = False) -> Any:
-    """What counts of a value, as JSON."""
-    if isinstance(value, pydantic.BaseModel):
+class Fingerprints:
+    """The fingerprints of many configs that share sections: each object is read once, and kept alive for that."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[pydantic.BaseModel, Any]] = {}  # by `id`
+
+    def of(self, config: Config) -> str:
+        content = {"format": FINGERPRINT_FORMAT, "config": self._fields(config)}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def _fields(self, config: pydantic.BaseModel) -> dict[str, Any]:
+        """What counts of a config, as JSON."""
         counted = {}
-        for name, field in type(value).model_fields.items():
-            extra = field.json_schema_extra
-            if isinstance(extra, dict) and extra.get("identity") is False:
-                continue
-            reference = _is_reference(field.annotation) or any(isinstance(m, _ReferenceMarker) for m in field.metadata)
-            own = _identity(getattr(value, name), reference)
-            always = name == "type" or (isinstance(extra, dict) and extra.get("identity") == "always")
-            if not always and not field.is_required():
-                default = field.get_default(call_default_factory=True, validated_data={})
-                if json.dumps(own, sort_keys=True) == json.dumps(_identity(default, reference), sort_keys=True):
-                    continue
-            counted[name] = own
+        for name, is_reference, default in _counted_fields(type(config)):
+            own = self._identity(getattr(config, name), is_reference)
+            if default is None or json.dumps(own, sort_keys=True) != default:
+                counted[name] = own
         return counted
-    if isinstance(value, Mapping):
-        return {str(key): _identity(inner, is_reference) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_identity(inner, is_reference) for inner in value]
-    if isinstance(value, set | frozenset):
-        return sorted((_identity(inner, is_reference) for inner in value), key=str)
-    if isinstance(value, Path):
-        return value.name if is_reference and _ENDS_IN_FINGERPRINT.search(value.name) else value.as_posix()
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return pydantic.TypeAdapter(type(value)).dump_python(value, mode="json")
+
+    def _identity(self, value: Any, is_reference: bool = False) -> Any:
+        """What counts of a value, as JSON."""
+        if isinstance(value, pydantic.BaseModel):
+            if id(value) not in self.known:
+                self.known[id(value)] = value, self._fields(value)
+            return self.known[id(value)][1]
+        if isinstance(value, Mapping):
+            return {str(key): self._identity(inner, is_reference) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._identity(inner, is_reference) for inner in value]
+        if isinstance(value, set | frozenset):
+            return sorted((self._identity(inner, is_reference) for inner in value), key=str)
+        if isinstance(value, Path):
+            return value.name if is_reference and _ENDS_IN_FINGERPRINT.search(value.name) else value.as_posix()
+        if value is None or isinstance(value, str | int | float | bool):
+            return value
+        return pydantic.TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+@cache
+def _counted_fields(model: type[pydantic.BaseModel]) -> list[tuple[str, bool, str | None]]:
+    """(name, whether it refers to a run, text of the default that does not count) of each field that is identity."""
+    fields = []
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("identity") is False:
+            continue
+        is_reference = _is_reference(field.annotation) or any(isinstance(m, _ReferenceMarker) for m in field.metadata)
+        default = None
+        always = name == "type" or (isinstance(extra, dict) and extra.get("identity") == "always")
+        if not always and not field.is_required():
+            value = field.get_default(call_default_factory=True, validated_data={})
+            default = json.dumps(Fingerprints()._identity(value, is_reference), sort_keys=True)
+        fields.append((name, is_reference, default))
+    return fields
 
 
 def _is_reference(annotation: Any) -> bool:

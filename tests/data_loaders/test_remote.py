@@ -26,7 +26,7 @@ from data_loaders.loader import train_loader
 from data_loaders.shards import ShardReader, write_shards
 from data_loaders.transforms import ImageTransform
 from vlm.cli import main
-from vlm.config import _identity, compose
+from vlm.config import Fingerprints, compose
 from vlm.errors import UserError
 from vlm.run import RunConfig, train
 from vlm.supervision.subset import Window, window
@@ -258,5 +258,5 @@ def test_pretraining_from_a_url_ends_as_from_a_folder(root: Path, tmp_path: Path
 def test_a_folders_runs_are_renamed_by_how_they_decode_even_at_its_default() -> None:
     """Runs from before `data.decode` was there decoded JPEGs whole; those of the world hold none."""
     folder = compose("pretrain", ["data=folder", "data.root=/data"], RunConfig).data
-    assert _identity(folder) == {"type": "folder", "root": "/data", "decode": "reduced"}
-    assert _identity(compose("pretrain", [], RunConfig).data) == {"type": "world"}
+    assert Fingerprints()._identity(folder) == {"type": "folder", "root": "/data", "decode": "reduced"}
+    assert Fingerprints()._identity(compose("pretrain", [], RunConfig).data) == {"type": "world"}

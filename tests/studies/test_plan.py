@@ -148,6 +148,33 @@ def test_grids_label_runs_by_their_keys(tmp_path: Path) -> None:
     assert last.labels["finetune.model.fusion.depth"] == "2"
 
 
+def test_an_axis_of_a_grid_may_have_named_sets_of_overrides(tmp_path: Path) -> None:
+    rates = {"paper": {"optimizer.learning_rate": 1e-4, "trainer.passes": 10}, "ours": {"trainer.passes": 2}}
+    planned = plan(study(tmp_path, seeds=[0], stages=stages(pretrain={"grid": {"protocol": rates}})), tmp_path)
+    assert count(planned)["pretrain"] == 6
+    for job in planned:
+        if job.stage == "pretrain":
+            assert job.config.trainer.passes == {"paper": 10, "ours": 2}[job.labels["protocol"]]
+    assert planned[-1].labels["protocol"] == "ours"
+    with pytest.raises(ConfigError, match="the study sets"):
+        plan(study(tmp_path, stages=stages(pretrain={"grid": {"protocol": rates}})), tmp_path, ["trainer.passes=1"])
+
+
+def test_excluded_places_have_no_run_and_feed_none(tmp_path: Path) -> None:
+    depths = {"model.fusion.depth": [1, 2]}
+    excluded = [{"point": ["none", "labels"], "model.fusion.depth": 2}]
+    planned = plan(study(tmp_path, stages=stages(pretrain={"grid": depths, "exclude": excluded})), tmp_path)
+    places = {(job.labels["point"], job.labels["model.fusion.depth"]) for job in planned if job.stage == "pretrain"}
+    assert places == {("none", "1"), ("5%", "1"), ("5%", "2"), ("labels", "1")}
+    assert count(planned) == {"vision": 1, "pretrain": 2 * 4, "finetune": 2 * 4 * 2, "blind": 2 * 2}
+
+
+def test_a_place_may_be_excluded_for_one_seed_and_upstream_label(tmp_path: Path) -> None:
+    excluded = [{"point": "5%", "task": "nlvr2", "seed": 1}]
+    planned = plan(study(tmp_path, stages=stages(finetune={"exclude": excluded})), tmp_path)
+    assert count(planned)["finetune"] == 11
+
+
 def test_runs_that_start_from_two_stages_join_where_their_labels_agree(tmp_path: Path) -> None:
     pair = {"config": "pretrain", "points": {"a": {"optimizer.learning_rate": 0.1}, "b": {"supervision.fraction": 1}}}
     both = {"config": "pretrain", "upstream": {"model.vision.weights": "one", "model.language.weights": "two"}}
@@ -169,13 +196,22 @@ def broken(**changes: dict[str, Any]) -> dict[str, Any]:
             broken(finetune={"upstream": {"start_form": "pretrain"}}),
             "start_form: unknown key. Did you mean start_from?",
         ),
-        (broken(vision={"upstream": {"start_from": "pretrain"}}), "No stage stands before this one"),
+        (broken(vision={"upstream": {"start_from": "pretraim"}}), "No stage stands before this one"),
         (broken(blind={"only": {"point": ["nine"]}}), "no upstream run has 'nine'. Did you mean 'none'?"),
         (broken(blind={"only": {"pont": ["none"]}}), "stages.blind.only.pont: unknown label. Did you mean 'point'?"),
         (broken(finetune={"grid": {"task": ["gqaa"]}}), "task: unknown option 'gqaa'. Did you mean 'gqa'?"),
         (broken(pretrain={"points": {"5%": {"supervision.fraction": 5}}}), "(point 5%, seed 0): supervision.fraction"),
         (broken(pretrain={"config": "pretrian"}), "unknown config 'pretrian'. Did you mean 'pretrain'?"),
         (broken(blind={"only": {"seed": [0]}}), "stages.blind.only.seed: unknown label. Available: point"),
+        (broken(finetune={"grid": {"task": []}}), "grid.task: no values"),
+        (broken(finetune={"exclude": [{}]}), "exclude.0: names no label"),
+        (broken(finetune={"exclude": [{"pont": "5%"}]}), "exclude.0.pont: unknown label. Did you mean 'point'?"),
+        (broken(finetune={"exclude": [{"task": "gqa"}]}), "exclude.0.task: no run has 'gqa'. Available: vqav2, nlvr2"),
+        (broken(finetune={"exclude": [{"task": TASKS}]}), "all places are excluded"),
+        (
+            broken(vision={"upstream": {"start_from": "finetune"}}),
+            "stage 'finetune' does not stand before 'vision'",
+        ),
         ({"seeds": []}, "seeds: needs at least 1 entries"),
     ],
 )

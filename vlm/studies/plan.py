@@ -7,26 +7,47 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from vlm.config import Config, ConfigError, apply_overrides, compose, did_you_mean, fingerprint
+from vlm.config import Composer, Config, ConfigError, Fingerprints, Setting, did_you_mean
 from vlm.run import RESULT, RunConfig
+
+Labelled = str | int | float  # a value as a label shows it
+NamedValues = dict[str, dict[str, Any]]
 
 
 class StageConfig(Config):
-    """Runs of one config. Their number: seeds x points x grid x runs of the upstream stages."""
+    """Runs of one config. Their number: seeds x points x grid x runs of the upstream stages, less the excluded."""
 
     config: str  # a name that `vlm show` knows
     overrides: tuple[str, ...] = ()
     upstream: dict[str, str] = Field({})  # key of the run's config that takes a run folder -> an earlier stage
-    only: dict[str, tuple[str | int | float, ...]] = Field({})  # label -> the values of it that upstream runs may have
-    points: dict[str, dict[str, Any]] = Field({})  # named values of the independent variable, each a set of overrides
-    grid: dict[str, tuple[Any, ...]] = Field({})  # key -> values, crossed
+    only: dict[str, tuple[Labelled, ...]] = Field({})  # label -> the values of it that upstream runs may have
+    points: NamedValues = Field({})  # named values of the independent variable, each a set of overrides
+    # Crossed: a key with its values, or the name of an axis with named sets of overrides.
+    grid: dict[str, tuple[Any, ...] | NamedValues] = Field({})
+    exclude: tuple[dict[str, Labelled | tuple[Labelled, ...]], ...] = ()  # places: label -> value, or any of several
     seeds: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)  # None: the study's
+
+    @model_validator(mode="after")
+    def _every_axis_has_values(self) -> StageConfig:
+        for axis, values in self.grid.items():
+            if not values:
+                raise ValueError(f"grid.{axis}: no values. Give some, or leave the axis out")
+        for number, place in enumerate(self.exclude):
+            if not place:
+                raise ValueError(f"exclude.{number}: names no label, so it would leave nothing")
+        return self
+
+
+class DryRunConfig(Config):
+    """What `--dry-run` changes, so that every kind of job takes some steps on small data within minutes."""
+
+    overrides: tuple[str, ...] = ()  # for every run, or for those of one stage as `stage:key=value`
 
 
 class PanelConfig(Config):
@@ -57,6 +78,7 @@ class StudyConfig(Config):
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1)
     stages: dict[str, StageConfig] = Field(min_length=1)
     figure: FigureConfig = FigureConfig()
+    dry_run: DryRunConfig = DryRunConfig()
 
     @model_validator(mode="after")
     def _stages_feed_later_ones(self) -> StudyConfig:
@@ -65,6 +87,11 @@ class StudyConfig(Config):
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise ValueError(f"stages.{name}: a name of letters, digits, - and _ is needed")
             for key, upstream in stage.upstream.items():
+                if upstream in self.stages and upstream not in earlier:
+                    raise ValueError(
+                        f"stages.{name}.upstream.{key}: stage {upstream!r} does not stand before {name!r}. A stage "
+                        "starts from earlier ones, so that there is no loop"
+                    )
                 if upstream not in earlier:
                     known = did_you_mean(upstream, earlier) or "No stage stands before this one"
                     raise ValueError(f"stages.{name}.upstream.{key}: unknown earlier stage {upstream!r}. {known}")
@@ -77,24 +104,20 @@ class Job:
     """One run of a study, with the runs that it starts from.
 
     Two jobs of one `id` are one run that stands at two places of the grid. `labels` tells the place: "seed", "point",
-    and a label for each key of a grid, those of the upstream runs included.
+    and a label for each axis of a grid, those of the upstream runs included.
     """
 
     stage: str
+    id: str  # `<stage>-<fingerprint>`, which is also the folder's name
     config: RunConfig
     upstream: Mapping[str, Job]
     labels: Mapping[str, str]
-
-    @cached_property
-    def id(self) -> str:
-        """`<stage>-<fingerprint>`, which is also the folder's name."""
-        return f"{self.stage}-{fingerprint(self.config)}"
 
     @property
     def folder(self) -> Path:
         return self.config.run_folder
 
-    @property
+    @cached_property
     def title(self) -> str:
         """For people: "finetune 5% nlvr2 seed=0"."""
         plain = [value for label, value in self.labels.items() if label in ("point", "task")]
@@ -114,36 +137,47 @@ def plan(
     `overrides` hold for every run, or for those of one stage as `stage:key=value`.
     """
     _refuse_varied_keys(study, overrides)
-
-    @cache  # runs that differ only in where they start from are composed once, and then get their folders
-    def composed(config: str, settings: tuple[str, ...]) -> RunConfig:
-        return compose(config, settings, RunConfig, config_folder)
-
+    composer, fingerprints = Composer(RunConfig, config_folder), Fingerprints()
+    runs = folder.resolve() / "runs"
     jobs: dict[str, list[Job]] = {}
     for name, stage in study.stages.items():
         _check_only(name, stage, [job for source in stage.upstream.values() for job in jobs[source]])
-        given = [override for override in overrides if ":" not in override.split("=")[0]]
-        given += [override.removeprefix(f"{name}:") for override in overrides if override.startswith(f"{name}:")]
-        # In place of the folders the stages' names, so that a wrong key is found here.
-        given += [f"{key}={_written(source)}" for key, source in stage.upstream.items()]
-        given += [f"name={_written(name)}", "trainer.progress=false"]
+        given: list[str | Setting] = [
+            *of_stage(overrides, name),
+            Setting("name", name),
+            Setting("trainer.progress", False),
+        ]
+        places = _places(stage)
         jobs[name] = []
+        known: dict[str, dict[str, None]] = {}  # label -> the values that places have
         for seed in stage.seeds or study.seeds:
-            for (upstream, inherited), (place, settings) in itertools.product(
-                _starts(stage, jobs, seed), _places(stage)
-            ):
+            for (upstream, inherited), (place, settings) in itertools.product(_starts(stage, jobs, seed), places):
                 own = {label if label not in inherited else f"{name}.{label}": value for label, value in place.items()}
                 labels = inherited | own | {"seed": str(seed)}
-                every = (*study.overrides, *stage.overrides, *settings, *given, f"seed={seed}")
+                for label, value in labels.items() if stage.exclude else ():
+                    known.setdefault(label, {})[value] = None
+                if any(_is_at(labels, excluded) for excluded in stage.exclude):
+                    continue
+                starts = [Setting(key, str(job.folder)) for key, job in upstream.items()]
+                own_settings = [*settings, *given, Setting("seed", seed), *starts]
                 try:
-                    base = composed(stage.config, every)
+                    config = composer.compose(stage.config, [*study.overrides, *stage.overrides, *own_settings])
                 except ConfigError as error:
                     shown = ", ".join(f"{label} {value}" for label, value in labels.items())
                     raise ConfigError(f"stage {name} ({shown}): {error}") from None
-                jobs[name].append(_job(name, base, upstream, labels, folder))
+                identity = f"{name}-{fingerprints.of(config)}"
+                config = config.model_copy(update={"folder": runs / identity})
+                jobs[name].append(Job(name, identity, config, upstream, labels))
+        _check_exclude(name, stage, known)
         if not jobs[name]:
-            raise ConfigError(f"stages.{name}: no upstream run passes, so the stage has none")
+            raise ConfigError(f"stages.{name}: no upstream run passes, or all places are excluded, so it has no run")
     return [job for of_stage in jobs.values() for job in of_stage]
+
+
+def of_stage(overrides: Sequence[str], stage: str) -> list[str]:
+    """Those that hold for every stage, and then those for this one, written `stage:key=value`."""
+    general = [override for override in overrides if ":" not in override.split("=")[0]]
+    return general + [o.removeprefix(f"{stage}:") for o in overrides if o.startswith(f"{stage}:")]
 
 
 def distinct(jobs: Sequence[Job]) -> list[Job]:
@@ -151,31 +185,27 @@ def distinct(jobs: Sequence[Job]) -> list[Job]:
     return list({job.id: job for job in jobs}.values())
 
 
-def _job(
-    stage: str,
-    base: RunConfig,
-    upstream: Mapping[str, Job],
-    labels: Mapping[str, str],
-    folder: Path,
-) -> Job:
-    """The run of `base` that starts from these runs, in its folder under the study's."""
-    references = [f"{key}={_written(str(job.folder))}" for key, job in upstream.items()]
-    config = apply_overrides(base, references) if references else base
-    run_folder = folder.resolve() / "runs" / f"{stage}-{fingerprint(config)}"
-    return Job(stage, config.model_copy(update={"folder": run_folder}), upstream, labels)
+def _places(stage: StageConfig) -> list[tuple[dict[str, str], list[Setting]]]:
+    """(labels, settings) of each combination of a stage's points and grid."""
+    named = ({"point": stage.points} if stage.points else {}) | stage.grid
+    axes: list[list[tuple[tuple[str, str], dict[str, Any]]]] = []
+    for axis, values in named.items():
+        if isinstance(values, dict):
+            axes.append([((axis, name), settings) for name, settings in values.items()])
+        else:
+            axes.append([((axis, _label(value)), {axis: value}) for value in values])
+    return [
+        (dict(label for label, _ in chosen), [Setting(*one) for _, settings in chosen for one in settings.items()])
+        for chosen in itertools.product(*axes)
+    ]
 
 
-def _places(stage: StageConfig) -> list[tuple[dict[str, str], list[str]]]:
-    """(labels, overrides) of each combination of a stage's points and grid."""
-    axes = [[({"point": point}, settings) for point, settings in stage.points.items()]] if stage.points else []
-    axes += [[({key: _label(value)}, {key: value}) for value in values] for key, values in stage.grid.items()]
-    places = []
-    for combination in itertools.product(*axes):
-        labels = {label: value for place, _ in combination for label, value in place.items()}
-        places.append(
-            (labels, [f"{key}={_written(value)}" for _, chosen in combination for key, value in chosen.items()])
-        )
-    return places
+def _is_at(labels: Mapping[str, str], place: Mapping[str, Labelled | tuple[Labelled, ...]]) -> bool:
+    return all(labels.get(label) in _values(values) for label, values in place.items())
+
+
+def _values(values: Labelled | tuple[Labelled, ...]) -> list[str]:
+    return [_label(value) for value in (values if isinstance(values, tuple) else (values,))]
 
 
 def _starts(
@@ -217,6 +247,17 @@ def _check_only(name: str, stage: StageConfig, upstream: Sequence[Job]) -> None:
                 raise ConfigError(f"stages.{name}.only.{label}: no upstream run has {_label(value)!r}. {near}")
 
 
+def _check_exclude(name: str, stage: StageConfig, known: Mapping[str, Mapping[str, None]]) -> None:
+    for number, place in enumerate(stage.exclude):
+        for label, values in place.items():
+            where = f"stages.{name}.exclude.{number}.{label}"
+            if label not in known:
+                raise ConfigError(f"{where}: unknown label. {did_you_mean(label, known)}")
+            for value in _values(values):
+                if value not in known[label]:
+                    raise ConfigError(f"{where}: no run has {value!r}. {did_you_mean(value, known[label])}")
+
+
 def _refuse_varied_keys(study: StudyConfig, overrides: Sequence[str]) -> None:
     """An override of what the study itself varies would make its points the same."""
     for override in overrides:
@@ -227,7 +268,9 @@ def _refuse_varied_keys(study: StudyConfig, overrides: Sequence[str]) -> None:
         for name, stage in study.stages.items():
             if stage_name in ("", name):
                 varied = {"name", "seed", "folder", *stage.upstream, *stage.grid}
-                varied |= {setting for settings in stage.points.values() for setting in settings}
+                for values in (stage.points, *stage.grid.values()):
+                    if isinstance(values, dict):
+                        varied |= {setting for settings in values.values() for setting in settings}
                 if key in varied:
                     raise ConfigError(
                         f"override {override!r}: the study sets {key} itself. Edit its study.yaml instead"
@@ -236,20 +279,3 @@ def _refuse_varied_keys(study: StudyConfig, overrides: Sequence[str]) -> None:
 
 def _label(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _written(value: Any) -> str:
-    """A YAML value in the grammar of overrides."""
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_written(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(_written(inner) for inner in value) + "]"
-    if isinstance(value, str):
-        is_word = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value)
-        if is_word and value.lower() not in ("true", "false", "null", "nan", "inf"):
-            return value
-        # Hydra reads \' as a quote, and \\ as a backslash only where backslashes stand before a quote.
-        escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-        trailing = len(escaped) - len(escaped.rstrip("\\"))
-        return f"'{escaped}{chr(92) * trailing}'"
-    return json.dumps(value)
