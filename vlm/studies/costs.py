@@ -281,7 +281,8 @@ def _module_and_batch(config: RunConfig) -> tuple[TrainingModule, Batch]:
         multi = task.multi_label
         targets = torch.zeros(count, len(answers)) if multi else torch.zeros(count, dtype=torch.long)
     has_text = config.data.part != "images"
-    sources: tuple[Source, ...] = ("human",) * count if config.data.part == "pairs" and task is None else ()
+    human: Source = "human"
+    sources = (human,) * count if config.data.part == "pairs" and task is None else ()
     batch = Batch(
         keys=tuple(str(number) for number in range(num_images if task is None else count)),
         image=None if config.data.part == "texts" else torch.zeros(num_images, 3, pixels, pixels, dtype=torch.uint8),
