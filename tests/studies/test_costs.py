@@ -123,8 +123,8 @@ def test_a_study_costs_what_its_runs_do_and_says_at_which_rate(tmp_path: Path) -
     assert places == [
         ("pretrain", "5%", 2),
         ("pretrain", "all", 2),
-        ("finetune", "gqa", 4),  # the same whatever it starts from
-        ("finetune", "nlvr2", 4),
+        ("finetune", "5%/all, gqa", 4),  # the same whatever it starts from
+        ("finetune", "5%/all, nlvr2", 4),
     ]
     assert found[1].step is found[0].step and found[1].flops / found[0].flops == pytest.approx(20, rel=1e-3)  # type: ignore[operator]
     hardware = Hardware("device", 1e12, 0.5)

@@ -73,8 +73,9 @@ class Cost:
     """Runs of one stage that cost the same."""
 
     stage: str
-    cell: str  # the labels that they have in common
+    cell: str  # their labels: those that they share, and how many values the others have
     num_runs: int
+    micro_batch_size: int
     examples: int | None  # of each run's budget; None: not known before the data is there
     step: Step
 
@@ -82,6 +83,11 @@ class Cost:
     def flops(self) -> float | None:
         """Of all these runs."""
         return None if self.examples is None else self.num_runs * self.examples * self.step.flops
+
+    @property
+    def memory_bytes(self) -> float:
+        """Of one device under bf16-mixed: states, and half of a micro-batch's activations. Buffers come on top."""
+        return self.step.state_bytes + self.micro_batch_size * self.step.activation_bytes / 2
 
     def hours(self, hardware: Hardware) -> float | None:
         """Of one device, for all these runs."""
@@ -91,26 +97,32 @@ class Cost:
 def study_cost(jobs: Sequence[Job]) -> list[Cost]:
     """Costs of a study's distinct runs, in their order. Each distinct shape is measured once."""
     measured: dict[str, Step] = {}
-    groups: dict[tuple[str, str, int | None], list[Job]] = {}
+    groups: dict[tuple[str, str, int, int | None], list[Job]] = {}
     for job in distinct(jobs):
-        groups.setdefault((job.stage, shape_of(job.config), budget(job.config)), []).append(job)
+        size = job.config.trainer.micro_batch_size
+        groups.setdefault((job.stage, shape_of(job.config), size, budget(job.config)), []).append(job)
     costs = []
-    for (stage, shape, examples), alike in groups.items():
+    for (stage, shape, size, examples), alike in groups.items():
         if shape not in measured:
             measured[shape] = measure_step(alike[0].config)
-        common = set.intersection(*(set(job.labels.items()) for job in alike))
-        cell = " ".join(
-            value for label, value in alike[0].labels.items() if label != "seed" and (label, value) in common
-        )
-        costs.append(Cost(stage, cell, len(alike), examples, measured[shape]))
+        costs.append(Cost(stage, _cell(alike), len(alike), size, examples, measured[shape]))
     return costs
+
+
+def _cell(jobs: Sequence[Job]) -> str:
+    shown: dict[str, None] = {}
+    for label in jobs[0].labels:
+        values = list(dict.fromkeys(job.labels[label] for job in jobs))
+        if label != "seed":
+            shown["/".join(values) if len(values) <= 3 else f"{len(values)} of {label}"] = None
+    return ", ".join(shown)
 
 
 def markdown_table(costs: Sequence[Cost], hardware: Hardware) -> str:
     """The costs for people, the assumed rate with them."""
     lines = [
-        "| stage | cell | runs | examples a run | GFLOP an example | PFLOP | hours | states GiB | activations MiB |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| stage | cell | runs | examples a run | GFLOP an example | PFLOP | hours | GiB (micro-batch) |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for cost in costs:
         examples = "?" if cost.examples is None else f"{cost.examples:,}"
@@ -118,22 +130,16 @@ def markdown_table(costs: Sequence[Cost], hardware: Hardware) -> str:
         hours = cost.hours(hardware)
         lines.append(
             f"| {cost.stage} | {cost.cell} | {cost.num_runs} | {examples} | {cost.step.flops / 1e9:.3g} | {flops} "
-            f"| {'?' if hours is None else f'{hours:,.1f}'} | {cost.step.state_bytes / GIB:.2f} "
-            f"| {cost.step.activation_bytes / 2**20:.0f} |"
+            f"| {'?' if hours is None else f'{hours:,.1f}'} | {cost.memory_bytes / GIB:.1f} ({cost.micro_batch_size}) |"
         )
     known = [cost.hours(hardware) or 0.0 for cost in costs]
     unknown = sum(cost.num_runs for cost in costs if cost.examples is None)
-    lines.append(f"\n{sum(known):,.0f} hours of one {hardware}, which is an assumption, for {_num(costs)} runs.")
+    runs = sum(cost.num_runs for cost in costs)
+    lines.append(f"\n{sum(known):,.0f} hours of one {hardware}, which is an assumption, for {runs} runs.")
     if unknown:
-        lines.append(
-            f"{unknown} of them count as nothing: how many examples they see is not known before the data is there."
-        )
-    lines.append("Activations are of one example in 32 bits; bf16-mixed keeps about half of that.")
+        lines.append(f"{unknown} of them count as nothing: before the data is there, nobody knows how much they see.")
+    lines.append("GiB of a device: parameters, gradients, AdamW and half of what 32 bits would keep for the way back.")
     return "\n".join(lines)
-
-
-def _num(costs: Sequence[Cost]) -> int:
-    return sum(cost.num_runs for cost in costs)
 
 
 def budget(config: RunConfig) -> int | None:
