@@ -143,7 +143,7 @@ def test_a_dry_run_changes_the_data_and_the_budget_and_no_size(
         assert getattr(job.config.model.language, "tokenizer") == "words"  # noqa: B009
     full = {(job.stage, *(f"{k}={v}" for k, v in job.labels.items() if k != "seed")): job for job in jobs(name)}
     assert places <= set(full)
-    for job in small[:1]:
+    for job in small[:1] if name == PAPER else ():  # the same model in all, which takes seconds to build
         there = full[job.stage, *(f"{k}={v}" for k, v in job.labels.items() if k != "seed")].config
         assert count_parameters(job.config) == count_parameters(there)
         assert count_parameters(job.config)["total"] > 200 * MILLION

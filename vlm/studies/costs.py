@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_loaders import FolderData, WorldData
-from vlm.run import RunConfig, task_of, without_weights
+from vlm.run import RunConfig, count_parameters, task_of, without_weights
 from vlm.studies.plan import Job, distinct
 
 if TYPE_CHECKING:
@@ -144,12 +144,16 @@ def markdown_table(costs: Sequence[Cost], hardware: Hardware) -> str:
 
 def budget(config: RunConfig) -> int | None:
     """How many examples a run sees in training; None where that needs data that is not there."""
-    if getattr(task_of(config), "type", None) == "retrieval":
+    if _is_retrieval(config):
         return 0
     if config.trainer.samples is not None and config.supervision.fraction > 0:
         return config.trainer.num_steps(1) * config.trainer.batch_size
     available = num_examples(config)
     return None if available is None else config.trainer.num_steps(available) * config.trainer.batch_size
+
+
+def _is_retrieval(config: RunConfig) -> bool:
+    return getattr(task_of(config), "type", None) == "retrieval"
 
 
 def num_examples(config: RunConfig) -> int | None:
@@ -198,6 +202,8 @@ def measure_step(config: RunConfig) -> Step:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    if _is_retrieval(config):  # nothing is trained
+        return Step(0.0, 0, count_parameters(config)["total"], 0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, batch = _module_and_batch(config)
