@@ -94,12 +94,16 @@ class FolderData(DataOptions):
     A URL is any that fsspec knows (`s3://`, `https://`, `file://`), or `pipe:COMMAND {}`: a command that prints the
     file whose name replaces `{}`, given as `'data.root="pipe:COMMAND {}"'`.
     It serves pretraining; the questions of tasks are read from folders.
+
+    `expected`: how many training examples each folder of the root will hold, such as {pairs: 2840000, vqav2: 443757}.
+    Costs are estimated with it while the data is not there; no run reads it.
     """
 
     type: Literal["folder"] = "folder"
     root: Annotated[str, Field(pattern=REMOTE)] | Path = Field(union_mode="left_to_right")
     decode: Literal["reduced", "exact"] = always_identity("reduced")  # runs from before it was a choice were exact
     shuffle_shards: PositiveInt | None = 8
+    expected: dict[str, PositiveInt] = not_identity({})
     cache_gib: PositiveFloat = not_identity(64.0)  # disk for shards that were fetched, shared by all runs of a machine
 
     @property

@@ -39,7 +39,7 @@ from vlm.run import (
 )
 from vlm.tasks.retrieval import Rank, RetrievalTask, retrieval_scores
 from vlm.tasks.task import Task, read_missing_images
-from vlm.training.finetuning import Finetuning, answer_logits
+from vlm.training.finetuning import Finetuning
 from vlm.training.module import TrainingModule
 from vlm.types import Question
 
@@ -107,7 +107,7 @@ def _answer(
     with torch.inference_mode():
         for batch in _bar(loader, f"answering {task.type} {task.evaluation_split}", config.trainer.progress):
             batch = module.transfer_batch_to_device(batch, device, 0)
-            best = answer_logits(module.model, module.head, batch).argmax(-1).tolist()
+            best = module.logits_of(batch).argmax(-1).tolist()
             predictions |= {key: module.answers[number] for key, number in zip(batch.keys, best, strict=True)}
     return _gather(predictions)
 
@@ -225,8 +225,8 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = (), baseline: Baseline
         assert isinstance(task, Task)
         answers = read_checkpoint(folder)["answers"]
         model = without_weights(config.model).build()
-        options, seed = config.optimizer, config.seed
-        module = Finetuning(model, answers, task.images_per_text, task.multi_label, options, num_steps=0, seed=seed)
+        options, seed, in_turn = config.optimizer, config.seed, task.images_in_turn
+        module = Finetuning(model, answers, task.images_per_text, task.multi_label, options, 0, seed, in_turn)
         scores = evaluate_answers(config, root, module, tokenizer, baseline)
     content = {"fingerprint": fingerprint(config), "baseline": baseline, "scores": scores}
     write_atomically(folder / f"scores-{_name_of(task, baseline)}.json", json.dumps(content, indent=1))

@@ -75,7 +75,7 @@ class LoadedModel:
             text_mask=mask.to(self.device),
             images_per_text=task.images_per_text,
         )
-        logits = answer_logits(self.model, self.head, batch).float()
+        logits = answer_logits(self.model, self.head, batch, task.images_in_turn).float()
         probabilities = logits.sigmoid() if task.multi_label else logits.softmax(-1)
         ranked = probabilities.sort(dim=-1, descending=True)
         return [

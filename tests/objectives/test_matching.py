@@ -5,12 +5,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlm.config import ConfigError, compose
 from vlm.models import ModelConfig
 from vlm.models.fusion import CoAttentionConfig
 from vlm.models.language import TinyLanguageConfig
 from vlm.models.vision import TinyVisionConfig
 from vlm.objectives import MatchingConfig
 from vlm.objectives.matching import Matching
+from vlm.run import RunConfig
 from vlm.types import Batch, Encoded, View
 
 DISTINCT = tuple(f"key-{number}" for number in range(12))
@@ -158,3 +160,23 @@ def test_a_batch_without_any_text_costs_nothing() -> None:
     assert (float(loss.value.detach()), loss.count) == (0.0, 0)
     loss.value.backward()
     assert not any(parameter.grad is None or parameter.grad.any() for parameter in objective.parameters())
+
+
+def test_the_masked_text_is_the_one_that_masked_language_sees() -> None:
+    batch, masked = make_batch(DISTINCT, 12), torch.full((12, 4), 7)
+    others = {
+        "alone": View("text", masked + 1, batch.text_mask, targets={"predicted": masked > 0}),
+        "masked_language": View("pair", masked, batch.text_mask, targets={"predicted": masked > 0}),
+    }
+    for text, seen in (("whole", batch.text_ids), ("masked", masked)):
+        objective = build(text=text)
+        torch.manual_seed(0)
+        own = objective.view(batch)
+        view = objective.beside(own, {"matching": own} | others)
+        assert view.text_ids is seen  # the very tensor, so that the text is encoded once
+        assert torch.equal(pairs(view)[0], pairs(own)[0]) and torch.equal(pairs(view)[1], pairs(own)[1])
+
+
+def test_a_masked_text_needs_an_objective_that_masks_it() -> None:
+    with pytest.raises(ConfigError, match="text=masked needs a masked_language objective"):
+        compose(None, ["objectives={matching: {type: matching, text: masked}}"], RunConfig)

@@ -220,11 +220,24 @@ def test_a_fraction_of_zero_hands_on_the_initial_model(make_config: MakeConfig) 
     assert not torch.equal(weights(folders[1])[name], torch.ones(32))
 
 
-@pytest.mark.parametrize("task", ["vqav2", "gqa", "nlvr2"])
-def test_a_finetuned_run_loads_and_answers_as_it_was_scored(make_config: MakeConfig, task: str) -> None:
+AS_RELEASED = ("task.second_image=fused_text", "model.pooler=none", "model.fusion.pre_norm=false")
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("vqav2", ()),
+        ("gqa", ("model.fusion.type=merged", "model.fusion.num_heads=4")),
+        ("nlvr2", ()),
+        ("nlvr2", AS_RELEASED),
+    ],
+)
+def test_a_finetuned_run_loads_and_answers_as_it_was_scored(
+    make_config: MakeConfig, task: str, options: tuple[str, ...]
+) -> None:
     from vlm.tasks.task import Task
 
-    config = make_config("finetune", f"task={task}", "trainer.samples=64")
+    config = make_config("finetune", f"task={task}", "trainer.samples=64", *options)
     folder = train(config)
     result = json.loads((folder / "result.json").read_text())
     loaded = vlm.load(folder)

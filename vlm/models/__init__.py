@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vlm.config import Config
 from vlm.models.fusion import CoAttentionConfig, FusionConfig
@@ -19,10 +19,11 @@ class ModelConfig(Config):
     vision: VisionConfig = TimmVisionConfig()
     language: LanguageConfig = TransformersLanguageConfig()
     fusion: FusionConfig = CoAttentionConfig()
+    pooler: Literal["tanh", "none"] = "tanh"  # none: the fused CLS states as they are, as in the reference paper's code
 
     def build(self) -> VisionLanguageModel:
         """The model with fresh or pretrained encoders and a fresh fusion; `weights` of other runs are not yet in."""
         from vlm.models.vision_language import VisionLanguageModel
 
         frozen = frozenset(name for name in ("vision", "language") if getattr(getattr(self, name), "frozen", False))
-        return VisionLanguageModel(self.vision.build(), self.language.build(), self.fusion.build(), frozen)
+        return VisionLanguageModel(self.vision.build(), self.language.build(), self.fusion.build(), frozen, self.pooler)

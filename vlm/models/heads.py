@@ -22,6 +22,13 @@ class PairPooler(nn.Module):
         return torch.cat([self.text(text[:, 0]).tanh(), self.image(image[:, 0]).tanh()], dim=-1)
 
 
+class PairStates(nn.Module):
+    """[text CLS; image CLS] as the fusion gives them. Source: the released code of arXiv 2211.00262."""
+
+    def forward(self, text: Float[Tensor, "n l d"], image: Float[Tensor, "n p d"]) -> Float[Tensor, "n 2*d"]:
+        return torch.cat([text[:, 0], image[:, 0]], dim=-1)
+
+
 class VocabularyHead(nn.Sequential):
     """BERT's masked-word head: linear, GELU, norm, vocabulary. Give it states at masked positions only."""
 

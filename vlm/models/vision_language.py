@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-from vlm.models.heads import PairPooler
+from vlm.models.heads import PairPooler, PairStates
 from vlm.models.transformer import initialise
 from vlm.types import Encoded, View
 
@@ -22,7 +22,12 @@ class VisionLanguageModel(nn.Module):
     """
 
     def __init__(
-        self, vision: nn.Module, language: nn.Module, fusion: nn.Module, frozen: frozenset[str] = frozenset()
+        self,
+        vision: nn.Module,
+        language: nn.Module,
+        fusion: nn.Module,
+        frozen: frozenset[str] = frozenset(),
+        pooler: Literal["tanh", "none"] = "tanh",
     ) -> None:
         super().__init__()
         width = int(cast(int, fusion.width))
@@ -32,7 +37,7 @@ class VisionLanguageModel(nn.Module):
         self.fusion = fusion
         self.vision_projection = nn.Linear(int(cast(int, vision.width)), width)
         self.language_projection = nn.Linear(int(cast(int, language.width)), width)
-        self.pooler = PairPooler(width)
+        self.pooler = PairPooler(width) if pooler == "tanh" else PairStates()
         self.vision_projection.apply(initialise)
         self.language_projection.apply(initialise)
         mean, std = (torch.tensor(getattr(vision, name)).view(1, 3, 1, 1) for name in ("mean", "std"))
@@ -92,6 +97,24 @@ class VisionLanguageModel(nn.Module):
             else:
                 encoded.append(next(pairs))
         return encoded
+
+    def pool_in_turn(
+        self,
+        image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b p dv"],
+        ids: Int[Tensor, "n l"],
+        mask: Bool[Tensor, "n l"],
+    ) -> list[Float[Tensor, "n pooled"]]:
+        """Pooled pairs of each text with its first image, its second and so on, which lie in that order along b.
+
+        From the second on, an image meets the text's states as the fusion with the image before left them, each image's
+        layers being the same. The reference paper's code (arXiv 2211.00262) does so; `encode` fuses each pair alone.
+        """
+        images = self.vision_projection(self.encode_image(image)).split(len(ids))
+        text, pooled = self.language_projection(self.encode_text(ids, mask)), []
+        for states in images:
+            fused, text = self.fusion(states, text, mask)
+            pooled.append(self.pooler(text, fused))
+        return pooled
 
     def fuse_all(
         self, image: Float[Tensor, "b p d"], text_states: Float[Tensor, "1 l dl"], mask: Bool[Tensor, "1 l"]

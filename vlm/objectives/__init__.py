@@ -50,12 +50,15 @@ class MatchingConfig(Config):
 
     `negatives`: `in_batch` shuffles whose image goes with which text inside the batch; `random` draws another image
     of the data for each negative, as published, at the price of its pass through the vision encoder.
+    `text`: the `whole` text, or the `masked` one that the run's masked_language objective sees, as in the reference
+    paper's code, whose masking wrote over the ids of both.
     """
 
     type: Literal["matching"] = "matching"
     weight: NonNegativeFloat = 1.0
     negatives: Literal["in_batch", "random"] = "in_batch"
     negative_fraction: float = Field(0.5, gt=0, lt=1)
+    text: Literal["whole", "masked"] = "whole"
 
     def build(self, model: VisionLanguageModel, tokenizer: Tokenizer, classes: tuple[str, ...]) -> Objective:
         from vlm.objectives.matching import Matching

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Matching(Objective):
-    """Cross-entropy over matched and mismatched pairs; the text is whole, not masked.
+    """Cross-entropy over matched and mismatched pairs; the text is whole unless the config says `text=masked`.
 
     In-batch negatives give a text the image of another example of the same micro-batch, so no image is encoded twice.
     They stay inside the micro-batch: a uniform draw from the ranks' union has the same distribution, and a run on
@@ -48,6 +50,12 @@ class Matching(Objective):
             image_index, matched = image_index[rows], matched[rows]
         targets = {"matched": matched} | ({} if rows is None else {"rows": rows})
         return View("pair", batch.text_ids, batch.text_mask, text_index=rows, image_index=image_index, targets=targets)
+
+    def beside(self, view: View, others: Mapping[str, View]) -> View:
+        if self.config.text == "whole":
+            return view
+        masked = next(other for other in others.values() if other.kind == "pair" and "predicted" in other.targets)
+        return replace(view, text_ids=masked.text_ids)
 
     def loss(self, view: View, encoded: Encoded) -> Loss:
         logits, matched = self.head(encoded.pooled).float(), view.targets["matched"].long()

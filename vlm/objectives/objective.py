@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -15,6 +16,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def view(self, batch: Batch) -> View:
         """What this objective wants encoded. Random choices come from torch's global generator."""
+
+    def beside(self, view: View, others: Mapping[str, View]) -> View:
+        """The view once all objectives have said what they want, by their names: for what one takes from another."""
+        return view
 
     @abstractmethod
     def loss(self, view: View, encoded: Encoded) -> Loss:

@@ -15,7 +15,11 @@ from vlm.types import Question
 
 
 class NLVR2Task(Task):
-    """Cross-entropy over True and False. Consistency: the share of statements that are right for all their pairs."""
+    """Cross-entropy over True and False. Consistency: the share of statements that are right for all their pairs.
+
+    `second_image` meets the statement alone, as the first does (`fresh_text`), or the states of the statement that come
+    out of its fusion with the first image (`fused_text`), as in the reference paper's code.
+    """
 
     images_per_text: ClassVar[int] = 2
     ANSWERS: ClassVar[tuple[str, str]] = ("False", "True")
@@ -23,6 +27,11 @@ class NLVR2Task(Task):
 
     type: Literal["nlvr2"] = "nlvr2"
     evaluation_split: Literal["train", "validation", "test", "test2"] = "test"
+    second_image: Literal["fresh_text", "fused_text"] = "fresh_text"
+
+    @property
+    def images_in_turn(self) -> bool:
+        return self.second_image == "fused_text"
 
     def read(self, root: Path, split: str) -> list[Question]:
         return unique(read_questions, official_file(root / "nlvr2", f"{self.official_split(split)}.json"))

@@ -34,6 +34,11 @@ class Task(Config):
     evaluation_split: str = "test"  # where the final scores come from
     question_only: bool = False  # True: every image is grey, in training too: the baseline that may not look
 
+    @property
+    def images_in_turn(self) -> bool:
+        """Whether each image meets the text as the image before it left it."""
+        return False
+
     @abstractmethod
     def read(self, root: Path, split: str) -> list[Question]:
         """The questions of one split, in the order of the official file.

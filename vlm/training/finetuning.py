@@ -17,12 +17,18 @@ from vlm.training.optimizer import OptimizerConfig
 from vlm.types import Batch, View
 
 
-def answer_logits(model: VisionLanguageModel, head: nn.Module, batch: Batch) -> Float[Tensor, "b k"]:
+def answer_logits(
+    model: VisionLanguageModel, head: nn.Module, batch: Batch, in_turn: bool = False
+) -> Float[Tensor, "b k"]:
     """Logits over the answers from the pooled pairs of each text with its one or more images.
 
-    All images go through the encoder in one pass and each text through its encoder once.
+    All images go through the encoder in one pass and each text through its encoder once. `in_turn`: each image meets
+    the text as the image before left it (`Task.images_in_turn`).
     """
     text_ids = cast(Tensor, batch.text_ids)
+    if in_turn:
+        in_order = model.pool_in_turn(cast(Tensor, batch.image), text_ids, cast(Tensor, batch.text_mask))
+        return head(torch.cat(in_order, dim=-1))  # type: ignore[no-any-return]
     texts = torch.arange(len(text_ids), device=text_ids.device).repeat(batch.images_per_text)
     view = View("pair", text_ids, batch.text_mask, text_index=texts)
     pooled = cast(Tensor, model.encode(batch.image, [view])[0].pooled)
@@ -41,11 +47,16 @@ class Finetuning(TrainingModule):
         optimizer: OptimizerConfig,
         num_steps: int,
         seed: int,
+        in_turn: bool = False,
     ) -> None:
         super().__init__(model, optimizer, num_steps, seed)
         self.multi_label = multi_label
+        self.in_turn = in_turn
         self.answers = tuple(answers)
         self.head = AnswerHead(images_per_text * 2 * model.width, len(answers))
+
+    def logits_of(self, batch: Batch) -> Float[Tensor, "b k"]:
+        return answer_logits(self.model, self.head, batch, self.in_turn)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The answers belong to the head: without them its outputs mean nothing."""
@@ -61,11 +72,11 @@ class Finetuning(TrainingModule):
         return F.cross_entropy(logits, targets, ignore_index=-100), (best == targets).float().mean()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, accuracy = self.loss_of(answer_logits(self.model, self.head, batch), cast(Tensor, batch.targets))
+        loss, accuracy = self.loss_of(self.logits_of(batch), cast(Tensor, batch.targets))
         self.log_train({"loss": loss.detach(), "accuracy": 100 * accuracy}, len(batch.keys))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss, accuracy = self.loss_of(answer_logits(self.model, self.head, batch), cast(Tensor, batch.targets))
+        loss, accuracy = self.loss_of(self.logits_of(batch), cast(Tensor, batch.targets))
         values = {"validation/loss": loss, "validation/accuracy": 100 * accuracy}
         self.log_dict(values, batch_size=len(batch.keys), sync_dist=True, prog_bar=True)

@@ -45,6 +45,7 @@ class Pretraining(TrainingModule):
         anything to predict is left out; else it is 0, so that all ranks have the same names, and weighs nothing.
         """
         views = {name: objective.view(batch) for name, objective in self._named()}
+        views = {name: objective.beside(views[name], views) for name, objective in self._named()}
         encoded = self.model.encode(batch.image, list(views.values()))
         values: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)

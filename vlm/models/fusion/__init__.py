@@ -28,4 +28,20 @@ class CoAttentionConfig(Config):
         return CoAttention(self.width, self.depth, self.num_heads, self.pre_norm, self.dropout)
 
 
-FusionConfig = Annotated[CoAttentionConfig | CustomConfig, Field(discriminator="type")]
+class MergedConfig(Config):
+    """Merged attention (`merged.py`): one stack of self-attention over the tokens of both."""
+
+    type: Literal["merged"] = "merged"
+    width: PositiveInt = 768
+    depth: PositiveInt = 2
+    num_heads: PositiveInt = 12
+    pre_norm: bool = True
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+    def build(self) -> nn.Module:
+        from vlm.models.fusion.merged import Merged
+
+        return Merged(self.width, self.depth, self.num_heads, self.pre_norm, self.dropout)
+
+
+FusionConfig = Annotated[CoAttentionConfig | MergedConfig | CustomConfig, Field(discriminator="type")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from vlm.config import Config, CustomConfig, RunReference
 
@@ -42,7 +42,11 @@ class TinyLanguageConfig(Config):
 
 
 class TransformersLanguageConfig(Config):
-    """Any transformers encoder (`transformers.py`). `weights`: a folder, a run folder, or `package:IMPORT_NAME`."""
+    """Any transformers encoder (`transformers.py`). `weights`: a folder, a run folder, or `package:IMPORT_NAME`.
+
+    `tokenizer`: the model's own, or `words` for an encoder that starts from nothing: the whole words of the data's
+    unpaired texts, in a vocabulary of the model's size, so that no shape differs.
+    """
 
     type: Literal["transformers"] = "transformers"
     name: str = "roberta-base"
@@ -50,6 +54,13 @@ class TransformersLanguageConfig(Config):
     weights: RunReference | None = None
     max_tokens: PositiveInt = 50  # METER's length, arXiv 2111.02387, appendix
     frozen: bool = False
+    tokenizer: Literal["published", "words"] = "published"
+
+    @model_validator(mode="after")
+    def _ids_mean_what_they_meant(self) -> TransformersLanguageConfig:
+        if self.tokenizer == "words" and self.pretrained:
+            raise ValueError("tokenizer=words is for an encoder that starts from nothing. Give pretrained=false too")
+        return self
 
     def build(self) -> nn.Module:
         from vlm.models.language.transformers import TransformersLanguage
@@ -58,8 +69,11 @@ class TransformersLanguageConfig(Config):
 
     def build_tokenizer(self, texts: Path) -> Tokenizer:
         from vlm.models.language.tokenizer import Tokenizer
-        from vlm.models.language.transformers import load_tokenizer
+        from vlm.models.language.transformers import load_tokenizer, vocabulary_of
 
+        if self.tokenizer == "words":
+            size, pad_id = vocabulary_of(self.name, self.weights)
+            return Tokenizer.from_words(texts, size, self.max_tokens, fill=True, pad_id=pad_id)
         return Tokenizer(load_tokenizer(self.name, self.weights), self.max_tokens)
 
 

@@ -33,8 +33,14 @@ class Tokenizer:
         backend.enable_padding(pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
 
     @classmethod
-    def from_words(cls, texts: Path, vocabulary_size: int, max_tokens: int) -> Tokenizer:
-        """Whole lower-case words, the most frequent first; words out of the vocabulary become `[UNK]`."""
+    def from_words(
+        cls, texts: Path, vocabulary_size: int, max_tokens: int, fill: bool = False, pad_id: int = 0
+    ) -> Tokenizer:
+        """Whole lower-case words, the most frequent first; words out of the vocabulary become `[UNK]`.
+
+        `fill`: where there are fewer words, tokens that never occur make it `vocabulary_size`, as in BERT's vocabulary.
+        `pad_id`: below 5, where a model treats one id as padding (RoBERTa: 1).
+        """
         from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
         if not texts.is_file():
@@ -47,9 +53,14 @@ class Tokenizer:
         backend = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN))
         backend.normalizer = normalizers.BertNormalizer()
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        special = [PAD, CLS, SEP, MASK, UNKNOWN]
+        special = [CLS, SEP, MASK, UNKNOWN]
+        special.insert(pad_id, PAD)
         trainer = trainers.WordLevelTrainer(vocab_size=vocabulary_size, special_tokens=special, show_progress=False)
         backend.train([str(texts)], trainer)
+        if fill:
+            words = backend.get_vocab()
+            words |= {f"[unused{number}]": number for number in range(len(words), vocabulary_size)}
+            backend.model = models.WordLevel(words, unk_token=UNKNOWN)
         backend.post_processor = processors.BertProcessing((SEP, special.index(SEP)), (CLS, special.index(CLS)))
         return cls(backend, max_tokens)
 

@@ -60,6 +60,12 @@ class TransformersLanguage(nn.Module):
         return states  # type: ignore[no-any-return]  # the library gives Any
 
 
+def vocabulary_of(name: str, weights: Path | str | None = None) -> tuple[int, int]:
+    """How many tokens the model knows, and which one it takes for padding."""
+    config = _config(name, weights)
+    return int(config.vocab_size), int(config.pad_token_id or 0)
+
+
 def load_tokenizer(name: str, weights: Path | str | None = None) -> tokenizers.Tokenizer:
     """The model's fast tokenizer, its truncation and padding switched off: who encodes decides them."""
     place = _place(name, weights)
