@@ -14,6 +14,7 @@ support no fit, or the interval leaves the measured amounts, there is no number 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -42,7 +43,7 @@ class Fit:
 
     def score(self, pairs: float) -> float:
         """In percent."""
-        return 100 - self.floor - self.scale * float(pairs) ** -self.exponent
+        return 100 - self.floor - self.scale * math.pow(pairs, -self.exponent)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LEVEL = 0.05  # of every test; intervals are of 95%
+FAR = 20.0  # from its estimate no bound of a ratio is looked for
 NODES = 800  # of the integral over the seeds' unknown variance: five digits of p down to 1e-8
 
 Interval = tuple[float, float] | None
@@ -144,6 +145,36 @@ def half_width(seed_error: float, item_error: float, degrees: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if p_value(middle, seed_error, item_error, degrees) > LEVEL else (low, middle)
     return high
+
+
+def ratio(
+    above: Sequence[float],
+    below: Sequence[float],
+    items_above: NDArray[np.float64] | None,
+    items_below: NDArray[np.float64] | None,
+) -> tuple[float, Interval]:
+    """The ratio of two means over the same seeds, with the 95% interval of Fieller (1954): all ratios r at which
+    above - r * below is no different from zero. None where that has no end, because `below` may be zero.
+    """
+    estimated = math.fsum(above) / math.fsum(below)
+
+    def p(r: float) -> float:
+        by_seed = [one - r * other for one, other in zip(above, below, strict=True)]
+        error = (
+            0.0 if items_above is None or items_below is None else float((items_above - r * items_below).std(ddof=1))
+        )
+        return p_value(math.fsum(by_seed) / len(by_seed), standard_error(by_seed), error, len(by_seed) - 1)
+
+    bounds = []
+    for far in (estimated - FAR, estimated + FAR):
+        near, end = estimated, far
+        if p(end) > LEVEL:
+            return estimated, None
+        for _ in range(40):
+            middle = (near + end) / 2
+            near, end = (middle, end) if p(middle) > LEVEL else (near, middle)
+        bounds.append(end)
+    return estimated, (bounds[0], bounds[1])
 
 
 @lru_cache
