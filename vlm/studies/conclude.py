@@ -14,6 +14,7 @@ from vlm.config import did_you_mean
 from vlm.errors import UserError
 from vlm.run import write_atomically
 from vlm.studies import curves
+from vlm.studies.board import write_board
 from vlm.studies.collect import collect_with_jobs, table, task_name, write_csv, write_parquet
 from vlm.studies.compare import PLACE, check_axis, compare_panel
 from vlm.studies.plan import Job, StudyConfig, distinct
@@ -29,6 +30,10 @@ class View:
     task: str | None = None  # None: all
     against: str | None = None  # None: no pairs and all pairs
     by: str = PLACE
+
+    @property
+    def is_whole(self) -> bool:
+        return (self.by, self.task, self.against) == (PLACE, None, None)
 
     @property
     def whole_command(self) -> str:
@@ -62,7 +67,6 @@ def show(study: StudyConfig, jobs: Sequence[Job], folder: Path, console: Console
     write_atomically(folder / "table.md", written)
     drawn = curves.draw(scores, every, study.figure)
     curves.save(drawn, folder / "curve.png")
-    curves.write_tensorboard(scores, every, drawn, written, folder / "tensorboard")
 
     resampled, left_out = resample([job for job, _ in collected])
     panels = [compare_panel(panel, collected, resampled, folder, view.by, view.against) for panel in shown]
@@ -78,7 +82,10 @@ def show(study: StudyConfig, jobs: Sequence[Job], folder: Path, console: Console
         left_out,
         [("The supervision curves", "curve.png")],
     )
-    write_atomically(folder / view.file, markdown(report))
+    words = markdown(report)
+    write_atomically(folder / view.file, words)
+    if view.is_whole:
+        write_board(jobs, scores, every, study.figure, drawn, words, folder / "tensorboard")
     console.print(f"[bold]{escape(study.question)}[/bold]", highlight=False)
     console.print(curves.rich_table(scores, shown))
     console.print(curves.table_note(scores), highlight=False)

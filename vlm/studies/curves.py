@@ -1,9 +1,8 @@
-"""The supervision curve: scores against the fraction of pairs, as a figure, in TensorBoard and as a table."""
+"""The supervision curve: scores against the fraction of pairs, as a figure and as a table."""
 
 from __future__ import annotations
 
 import math
-import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +43,6 @@ LEVELS: tuple[tuple[str, str, Any], ...] = (
     ("question_prior", "most frequent answer", (0, (6, 2, 1, 2))),
     ("chance", "chance", (0, (1, 2))),
 )
-BASIS_POINTS = 10_000
 WARNING_COLOUR = "#B00020"
 
 
@@ -226,7 +224,7 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
         axes.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
         axes.margins(y=0.12)
         low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -2), min(high, 102))
+        axes.set_ylim(max(low, 0), min(high, 100))  # no score lies outside, even where an interval would
         axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
         kinds = [one.metric.split("/")[-1] for one in shown]
         if number % columns == 0 or (figure.y_label is None and kinds[number] != kinds[number - 1]):
@@ -245,6 +243,14 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
         order = [name for name in legend if name not in levels] + [name for name in levels if name in legend]
         several = [len(value.values) for of_panel in by_panel for line in of_panel for _, value in line.points]
         note = "bars: 95% t-interval of the mean over seeds; dots: single seeds" if max(several) > 1 else None
+        ends = [
+            abs(value.mean - 50) + (value.half_width or 0)
+            for own in by_panel
+            for line in own
+            for _, value in line.points
+        ]
+        if note and max(ends) > 50:
+            note += "; open triangle: the interval goes on beyond what a score can be"
         drawn.legend(
             [legend[name] for name in order],
             order,
@@ -359,24 +365,41 @@ def _draw_line(axes: Axes, line: Line, scale: _Scale, style: tuple[str, str, str
     else:
         places = [scale.place(fraction) for fraction, _ in line.points]
     estimates = [value for _, value in line.points]
-    widths = [value.half_width or 0.0 for value in estimates]
     begin = 1 if len(places) > 1 and line.points[0][0] == 0 else 0
     axes.plot(places[: begin + 1], [value.mean for value in estimates[: begin + 1]], ":", color=colour, linewidth=1.2)
-    handle = axes.errorbar(
-        places[begin:],
-        [value.mean for value in estimates[begin:]],
-        yerr=widths[begin:] if any(widths) else None,
-        linestyle=dashes,
-        **_markers(colour, marker),
-    )
+    handle = _draw_estimates(axes, places[begin:], estimates[begin:], dashes, colour, marker)
     if begin:  # the way from zero crosses the break of the axis, so it is no part of the line
-        zero_width = widths[:1] if any(widths) else None
-        axes.errorbar(places[:1], [estimates[0].mean], yerr=zero_width, **_markers(colour, marker))
+        _draw_estimates(axes, places[:1], estimates[:1], "none", colour, marker)
     aside = 0.022 * (scale.end - scale.zero)
     for place, value in zip(places, estimates, strict=True):
         if len(value.values) > 1:
             x = [place + aside] * len(value.values)
-            axes.plot(x, value.values, ".", color=colour, alpha=0.55, markersize=5.5, markeredgewidth=0, zorder=4)
+            dots = {"alpha": 0.55, "markersize": 5.5, "markeredgewidth": 0, "zorder": 4}
+            axes.plot(x, value.values, ".", color=colour, clip_on=False, **dots)
+    return handle
+
+
+def _draw_estimates(
+    axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], dashes: str, colour: str, marker: str
+) -> Any:
+    """Means with the part of their intervals that scores can reach; an open triangle says where one goes on."""
+    widths = [value.half_width or 0.0 for value in estimates]
+    below = [min(width, value.mean) for value, width in zip(estimates, widths, strict=True)]
+    above = [min(width, 100 - value.mean) for value, width in zip(estimates, widths, strict=True)]
+    handle = axes.errorbar(
+        places,
+        [value.mean for value in estimates],
+        yerr=[below, above] if any(widths) else None,
+        linestyle=dashes,
+        **_markers(colour, marker),
+    )
+    for artist in handle.get_children():
+        artist.set_clip_on(False)  # what stands at 100% is drawn whole
+    for place, value, width in zip(places, estimates, widths, strict=True):
+        for end, beyond, pointer in ((100, value.mean + width > 100, "^"), (0, value.mean - width < 0, "v")):
+            if beyond:
+                style = {"markersize": 5.5, "markerfacecolor": "white", "markeredgewidth": 1.1, "clip_on": False}
+                axes.plot([place], [end], pointer, color=colour, zorder=6, **style)
     return handle
 
 
@@ -462,39 +485,3 @@ def rich_table(scores: Sequence[Score], shown: Sequence[Panel]) -> Table:
     for number, row in enumerate(rows):
         table.add_row(*row, end_section=number == last_run, style="dim" if row[0] in baseline_names else None)
     return table
-
-
-# --- TensorBoard -----------------------------------------------------------------------------------------------------
-
-
-def write_tensorboard(scores: Sequence[Score], shown: Sequence[Panel], drawn: Figure, table: str, folder: Path) -> None:
-    """Each line as a TensorBoard run under `folder`, which is written anew; figure and table beside them.
-
-    TensorBoard's x axis is an integer step. Here a step is a basis point of the pairs: 10,000 are all of them. A flat
-    line goes from 0 to 10,000.
-    """
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from torch.utils.tensorboard import SummaryWriter
-
-    def write(run: str, tag: str, points: Sequence[tuple[float, float]]) -> None:
-        with SummaryWriter(str(folder / "curve" / run)) as writer:
-            for fraction, value in points:
-                step = max(1, round(BASIS_POINTS * fraction)) if fraction else 0
-                writer.add_scalar(f"supervision_curve/{tag}", value, step)
-
-    shutil.rmtree(folder, ignore_errors=True)
-    for panel in shown:
-        for line in lines(scores, panel):
-            fractions = (0.0, 1.0) if line.is_flat else tuple(fraction for fraction, _ in line.points)
-            means = [value.mean for _, value in line.points] * (2 if line.is_flat else 1)
-            write(f"{panel.title} {line.name}", panel.tag, list(zip(fractions, means, strict=True)))
-        for baseline in baselines(scores, panel):
-            write(f"{panel.title} {baseline.name}", panel.tag, [(0.0, baseline.value), (1.0, baseline.value)])
-    canvas = FigureCanvasAgg(drawn)
-    canvas.draw()
-    with SummaryWriter(str(folder / "curve" / "figure and table")) as writer:
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        writer.add_image("supervision_curve", pixels, dataformats="HWC")
-        note = "In the scalars, a step is a basis point (1/100 of a percent) of the pairs: step 10,000 is all of them."
-        writer.add_text("supervision_curve", f"{table}\n{note}")
