@@ -42,7 +42,10 @@ def write_board(
     report: str,
     folder: Path,
 ) -> None:
-    """Write `folder` anew; `tensorboard --logdir` shows it."""
+    """Write `folder` anew. `tensorboard --logdir` shows it, and `folder/curve` alone, without the runs.
+
+    TensorBoard hides all runs where there are more than 40, and with them the curves, until somebody ticks them.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     _write_runs(jobs, scores, [panel.metric for panel in shown], folder)
     _write_curves(scores, shown, folder / "curve")
@@ -104,16 +107,17 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _setup(job: Job, score: Score) -> dict[str, Value]:
-    """What a run is, by name: the axes that every study has and the labels of this one."""
-    fixed: dict[str, Value] = {
-        "stage": score.stage,
+    """What a run is, by name: the axes of every study, as many as the page shows at first, and its own labels."""
+    point = ", ".join(filter(None, (score.point, "question only" if score.question_only else "")))
+    axes: dict[str, Value] = {
+        "point": point or "all",
         "source": score.source,
         "fraction": score.fraction,
         "task": score.task,
-        "seed": score.seed,
-        "question_only": score.question_only,
+        "seed": str(score.seed),  # a name, not an amount
     }
-    return fixed | {label: value for label, value in job.labels.items() if label not in fixed}
+    axes |= {label: value for label, value in job.labels.items() if label not in axes}
+    return axes
 
 
 def _experiment(setups: Sequence[Mapping[str, Value]], metrics: Sequence[str]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Cell:
     variant: str
     source: str  # "" where its runs differ in it
     fraction: float | None  # None where its runs differ in it
+    most: float  # the largest fraction of its runs
     pairs: int | None  # that people described, where all its runs and seeds agree
     runs: Mapping[int, tuple[Path, ...]]
     by_seed: Mapping[int, float]  # the mean over the seed's runs
@@ -107,9 +109,8 @@ def compare_panel(
     usable = resampled if panel.is_headline else Resampled({}, {})  # the mean over questions is the headline's alone
     cells = _cells(rows, by, folder)
     families = tuple(_family(reference, cells, usable) for reference in _references(cells, against))
-    points = cells if by == PLACE else _cells(rows, PLACE, folder)
     bounds = {cell.title: _percentiles(cell.items(usable, list(cell.runs))) for cell in cells}
-    return PanelComparison(panel, tuple(cells), bounds, families, tuple(_worths(points, usable)))
+    return PanelComparison(panel, tuple(cells), bounds, families, tuple(_worths(cells, usable) if by == PLACE else ()))
 
 
 # --- Cells -----------------------------------------------------------------------------------------------------------
@@ -135,7 +136,8 @@ def _cell(name: str, variant: str, scores: Sequence[Score], folder: Path) -> Cel
         name,
         variant,
         sources.pop() if len(sources) == 1 else "",
-        fractions.pop() if len(fractions) == 1 else None,
+        next(iter(fractions)) if len(fractions) == 1 else None,
+        max(fractions),
         amounts.pop() if len(amounts) == 1 else None,
         {seed: tuple(of_seed) for seed, of_seed in sorted(runs.items())},
         {seed: sum(of_seed.values()) / len(of_seed) for seed, of_seed in sorted(runs.items())},
@@ -150,8 +152,11 @@ def axis_value(job: Job, axis: str) -> str:
     """
     found = _axis(job, axis)
     if found is None:
-        known = sorted({"supervision.source", *job.labels, *_keys(pretraining_of(job)), *_keys(job)} - UNGROUPED.keys())
-        raise UserError(f"--by {axis}: the study has no such label or key. {did_you_mean(axis, known)}")
+        labels = ["supervision.source", *(label for label in job.labels if label not in UNGROUPED)]
+        near = get_close_matches(axis, [*labels, *_keys(pretraining_of(job)), *_keys(job)], n=1)
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        others = f"Available: {', '.join(labels)}, and every key that `vlm show` prints"
+        raise UserError(f"--by {axis}: the study has no such label or key.{guess} {others}")
     return found
 
 
@@ -233,9 +238,10 @@ def no_pairs(cells: Sequence[Cell]) -> Cell | None:
 
 
 def all_pairs(cells: Sequence[Cell]) -> Cell | None:
-    """The most pairs by people that a point has."""
-    captions = [cell for cell in cells if cell.source == "captions" and cell.fraction]
-    return max(captions, key=lambda cell: cell.fraction or 0, default=None)
+    """The most pairs by people that a cell of nothing else has; None where cells that mix sources have as many."""
+    mixed = max((cell.most for cell in cells if cell.source == ""), default=0.0)
+    captions = [cell for cell in cells if cell.source == "captions" and cell.most > mixed]
+    return max(captions, key=lambda cell: cell.most, default=None)
 
 
 def _family(reference: Cell, cells: Sequence[Cell], resampled: Resampled) -> Family:

@@ -19,7 +19,7 @@ from vlm.studies.collect import collect_with_jobs, table, task_name, write_csv, 
 from vlm.studies.compare import PLACE, check_axis, compare_panel
 from vlm.studies.plan import Job, StudyConfig, distinct
 from vlm.studies.questions import resample
-from vlm.studies.report import Report, markdown, rich_differences, rich_worths
+from vlm.studies.report import Report, markdown, mixed_rows, rich_differences, rich_scores, rich_worths
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,15 @@ def show(study: StudyConfig, jobs: Sequence[Job], folder: Path, console: Console
     _check(view, jobs)
     collected = collect_with_jobs(jobs, folder)
     scores = [score for _, score in collected]
+    every = [panel for panel in curves.panels(study.figure, jobs) if panel.of(scores)]
+    shown = [panel for panel in every if view.task in (None, panel.task)]
     rows = table(jobs, scores, folder)
     write_csv(rows, folder / "results.csv")
     has_parquet = write_parquet(rows, folder / "results.parquet")
-    every = [panel for panel in curves.panels(study.figure, jobs) if panel.of(scores)]
-    shown = [panel for panel in every if view.task in (None, panel.task)]
     if not shown:
         console.print("No run has scores to show.")
         return
-    written = curves.markdown_table(scores, every, study.question)
-    write_atomically(folder / "table.md", written)
+    write_atomically(folder / "table.md", curves.markdown_table(scores, every, study.question))
     drawn = curves.draw(scores, every, study.figure)
     curves.save(drawn, folder / "curve.png")
 
@@ -87,8 +86,14 @@ def show(study: StudyConfig, jobs: Sequence[Job], folder: Path, console: Console
     if view.is_whole:
         write_board(jobs, scores, every, study.figure, drawn, words, folder / "tensorboard")
     console.print(f"[bold]{escape(study.question)}[/bold]", highlight=False)
-    console.print(curves.rich_table(scores, shown))
-    console.print(curves.table_note(scores), highlight=False)
+    if view.by == PLACE:
+        console.print(curves.rich_table(scores, shown))
+        console.print(curves.table_note(scores), highlight=False)
+    else:
+        for one in panels:
+            console.print(rich_scores(report, one))
+        for note in mixed_rows(panels):
+            console.print(note, highlight=False, markup=False)
     for one in panels:
         for family in one.families:
             console.print(rich_differences(one, family))
@@ -101,9 +106,9 @@ def show(study: StudyConfig, jobs: Sequence[Job], folder: Path, console: Console
         console.print(f"{name}  {folder / file}", highlight=False, soft_wrap=True)
     if not has_parquet:
         console.print("for results.parquet: pip install 'vlm-less-supervision[parquet]'", highlight=False, markup=False)
-    console.print(
-        f"curves  [bold]tensorboard --logdir {folder / 'tensorboard'}[/bold]", highlight=False, soft_wrap=True
-    )
+    board = folder / "tensorboard"
+    console.print(f"curves  [bold]tensorboard --logdir {board / 'curve'}[/bold]", highlight=False, soft_wrap=True)
+    console.print(f"runs  [bold]tensorboard --logdir {board}[/bold]", highlight=False, soft_wrap=True)
 
 
 def _check(view: View, jobs: Sequence[Job]) -> None:

@@ -221,11 +221,11 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
             handle = _draw_line(axes, line, scale, styles[line.source, line.variant])
             legend.setdefault(line.legend, handle)
         scale.apply(axes)
-        axes.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(7, steps=[1, 2, 5, 10]))
         axes.margins(y=0.12)
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, 0), min(high, 100))  # no score lies outside, even where an interval would
-        axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+        axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", pad=12)
         kinds = [one.metric.split("/")[-1] for one in shown]
         if number % columns == 0 or (figure.y_label is None and kinds[number] != kinds[number - 1]):
             axes.set_ylabel(figure.y_label or f"{_words(kinds[number])} (%)")
@@ -259,7 +259,7 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
             frameon=False,
             fontsize=9,
             handlelength=3.2,
-            title=note,
+            title=None if note is None else textwrap.fill(note, round(17 * drawn.get_figwidth())),
             title_fontsize=8,
         )
     return drawn
@@ -374,7 +374,7 @@ def _draw_line(axes: Axes, line: Line, scale: _Scale, style: tuple[str, str, str
     for place, value in zip(places, estimates, strict=True):
         if len(value.values) > 1:
             x = [place + aside] * len(value.values)
-            dots = {"alpha": 0.55, "markersize": 5.5, "markeredgewidth": 0, "zorder": 4}
+            dots: dict[str, Any] = {"alpha": 0.55, "markersize": 5.5, "markeredgewidth": 0, "zorder": 4}
             axes.plot(x, value.values, ".", color=colour, clip_on=False, **dots)
     return handle
 
@@ -383,6 +383,8 @@ def _draw_estimates(
     axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], dashes: str, colour: str, marker: str
 ) -> Any:
     """Means with the part of their intervals that scores can reach; an open triangle says where one goes on."""
+    from matplotlib.transforms import offset_copy
+
     widths = [value.half_width or 0.0 for value in estimates]
     below = [min(width, value.mean) for value, width in zip(estimates, widths, strict=True)]
     above = [min(width, 100 - value.mean) for value, width in zip(estimates, widths, strict=True)]
@@ -398,8 +400,9 @@ def _draw_estimates(
     for place, value, width in zip(places, estimates, widths, strict=True):
         for end, beyond, pointer in ((100, value.mean + width > 100, "^"), (0, value.mean - width < 0, "v")):
             if beyond:
-                style = {"markersize": 5.5, "markerfacecolor": "white", "markeredgewidth": 1.1, "clip_on": False}
-                axes.plot([place], [end], pointer, color=colour, zorder=6, **style)
+                aside = offset_copy(axes.transData, axes.get_figure(root=True), y=6 if end else -6, units="points")
+                style: dict[str, Any] = {"markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.1}
+                axes.plot([place], [end], pointer, color=colour, zorder=6, transform=aside, clip_on=False, **style)
     return handle
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def resample(jobs: Sequence[Job], num_resamples: int = RESAMPLES) -> tuple[Resam
         if isinstance(found, str):
             left_out[found] = left_out.get(found, 0) + 1
         else:
-            of_set.setdefault(found.questions, {})[job.folder] = found
+            of_set.setdefault(f"{found.questions} {zlib.crc32(found.clusters.tobytes())}", {})[job.folder] = found
     columns: dict[Path, NDArray[np.float64]] = {}
     for of_runs in of_set.values():
         clusters = next(iter(of_runs.values())).clusters
@@ -83,7 +84,10 @@ def _items(job: Job, known: dict[tuple[str, str], Sequence[Question] | None]) ->
     name = f"{task.type}-{task.evaluation_name}"
     file = job.folder / f"items-{name}.safetensors"
     if file.is_file():
-        items: Items | None = read_items(file)
+        try:
+            items: Items | None = read_items(file)
+        except UserError as error:
+            return f"cannot be compared by question ({error})"
     else:  # a run of before there were such files
         items = _judged(job, task, name, known)
     if items is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from vlm.studies.collect import Score
-from vlm.studies.compare import Compared, Family, PanelComparison, all_pairs, no_pairs
+from vlm.studies.compare import PLACE, Compared, Family, PanelComparison, all_pairs, no_pairs
 from vlm.studies.curves import Panel, baselines, percent, table_note, warnings
 from vlm.studies.statistics import Interval, difference
 
@@ -55,8 +55,9 @@ def _opening(report: Report) -> str:
     text = f"{done} runs, {counted}."
     if len(seeds) < 2:
         text += " **One seed supports no claim**: what another training would give is unknown."
-    if report.axis != "point":
+    if report.axis != PLACE:
         text += f" Rows are the values of `{report.axis}`; what else differs among a row's runs is averaged over."
+        text += "".join(f"\n- {row}" for row in mixed_rows(report.panels))
     notes = [f"{reason[0].upper()}{reason[1:]}, so their intervals are over seeds alone." for reason in report.left_out]
     return "\n\n".join([text, *notes, *warnings(report.scores)])
 
@@ -134,20 +135,39 @@ def _order(report: Report) -> list[str]:
 # --- Tables ----------------------------------------------------------------------------------------------------------
 
 
-def _scores(report: Report, one: PanelComparison) -> str:
-    rows = []
+def _score_rows(report: Report, one: PanelComparison) -> list[list[str]]:
+    """Header, a row a cell, and the baselines."""
+    first = "pretraining" if report.axis == PLACE else report.axis
+    rows = [[first, "pairs", "seeds", f"{one.panel.title} (%)", "95% over seeds", "95% over questions"]]
     for cell in one.cells:
         found = cell.estimate
         bounds = None if found.half_width is None else (found.mean - found.half_width, found.mean + found.half_width)
-        pairs = "" if cell.pairs is None else f"{cell.pairs:,}"
+        pairs, over_items = "" if cell.pairs is None else f"{cell.pairs:,}", one.over_items.get(cell.title)
         rows.append(
-            [cell.title, pairs, str(len(cell.by_seed)), f"{found.mean:.1f}", _clipped(bounds),
-             _clipped(one.over_items.get(cell.title))]
-        )  # fmt: skip
-    rows += [[level.name, "", "", f"{level.value:.1f}", "", ""] for level in baselines(report.scores, one.panel)]
-    header = ["pretraining" if report.axis == "point" else report.axis, "pairs", "seeds", f"{one.panel.title} (%)",
-              "95% over seeds", "95% over questions"]  # fmt: skip
+            [cell.title, pairs, str(len(cell.by_seed)), f"{found.mean:.1f}", _clipped(bounds), _clipped(over_items)]
+        )
+    return rows + [[level.name, "", "", f"{level.value:.1f}", "", ""] for level in baselines(report.scores, one.panel)]
+
+
+def _scores(report: Report, one: PanelComparison) -> str:
+    header, *rows = _score_rows(report, one)
     return f"### {one.panel.title}\n\n{_table(header, rows, 'lrrrrr')}"
+
+
+def rich_scores(report: Report, one: PanelComparison) -> Table:
+    header, *rows = _score_rows(report, one)
+    table = Table()
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def mixed_rows(panels: Sequence[PanelComparison]) -> list[str]:
+    """Which rows are means over several points: they differ in more than the axis."""
+    found = {cell.title: cell.points for one in panels for cell in one.cells if len(cell.points) > 1}
+    return [f"{title}: the mean of {', '.join(points)}" for title, points in found.items()]
 
 
 def difference_rows(one: PanelComparison, family: Family) -> list[list[str]]:
