@@ -209,7 +209,9 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
     styles = {name: STYLES[number % len(STYLES)] for number, name in enumerate(names)}
     columns = min(max(len(shown), 1), 3)
     rows = math.ceil(max(len(shown), 1) / columns)
-    drawn = Figure(figsize=(3.5 * columns + 0.4, 3.1 * rows + 0.75), dpi=180, layout="constrained")
+    drawn = Figure(
+        figsize=(3.5 * columns + (0.4 if columns > 1 else 1.4), 3.1 * rows + 0.75), dpi=180, layout="constrained"
+    )
     legend: dict[str, Any] = {}
     for number, (panel, of_panel) in enumerate(zip(shown, by_panel, strict=True)):
         axes = drawn.add_subplot(rows, columns, number + 1)
@@ -250,12 +252,15 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
             for _, value in line.points
         ]
         if note and max(ends) > 50:
-            note += "; open triangle: the interval goes on beyond what a score can be"
+            note += "; open triangle: the interval goes on"
+        legend_columns = _legend_columns(order, drawn.get_figwidth())
+        more_rows = max(0, math.ceil(len(order) / legend_columns) - 2)
+        drawn.set_figheight(drawn.get_figheight() + 0.19 * more_rows)
         drawn.legend(
             [legend[name] for name in order],
             order,
             loc="outside lower center",
-            ncols=_legend_columns(order, drawn.get_figwidth()),
+            ncols=legend_columns,
             frameon=False,
             fontsize=9,
             handlelength=3.2,
