@@ -161,12 +161,14 @@ def test_old_runs_are_compared_over_seeds_alone_and_the_report_says_so(finished:
     resampled, left_out = resample([job for job in finished.jobs if job.stage == "finetune"])
     assert not resampled.columns and left_out[0].startswith("24 runs kept no scores of questions")
     panels = [compared(finished)]
-    report = Report("Why?", "vlm compare mine", finished.scores, panels, 9, 9, "point", left_out, [])
+    report = Report("Why?", "vlm compare mine", finished.scores, panels, 9, 9, "point", left_out, ["vision"], [])
     written = markdown(report)
+    assert "All seeds start from one run of vision: what another one would give is in no interval." in written
     assert "so their intervals are over seeds alone" in written
     assert "| 5% | +9.5 | +9.5 to +9.5 |" in written
     assert "```\nvlm compare mine\n```" in written
-    assert "arXiv 2211.00262" in written and "52% (52 to 52) of what all pairs bring" not in written
+    assert "arXiv 2211.00262" in written
+    assert "NLVR2, 5%: -10.5 (-10.5 to -10.5; p < 0.001), 47% (47 to 47) of what all pairs bring" in written
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

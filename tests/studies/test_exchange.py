@@ -44,11 +44,11 @@ def test_a_curve_without_noise_gives_its_parameters_and_the_exact_rate() -> None
 @pytest.mark.parametrize(("num_seeds", "noise", "item_noise"), [(3, 1.0, 0.0), (5, 1.0, 0.0), (3, 0.5, 0.4)])
 def test_about_95_of_100_intervals_hold_the_true_rate(num_seeds: int, noise: float, item_noise: float) -> None:
     random = np.random.default_rng(num_seeds)
-    found = [noisy(800, noise, random, num_seeds=num_seeds, item_noise=item_noise) for _ in range(80)]
+    found = [noisy(800, noise, random, num_seeds=num_seeds, item_noise=item_noise) for _ in range(50)]
     given = [one for one in found if one.pairs is not None]
-    assert len(given) >= 68  # a fit is refused by chance in a few
+    assert len(given) >= 42  # a fit is refused by chance in a few
     held = [one.low <= 800 <= one.high for one in given if one.low is not None and one.high is not None]
-    assert 0.88 <= np.mean(held) <= 1
+    assert 0.86 <= np.mean(held) <= 1
     assert all(one.with_items == (item_noise > 0) and one.num_seeds == num_seeds for one in given)
 
 

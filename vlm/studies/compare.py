@@ -34,7 +34,7 @@ class Cell:
     source: str  # "" where its runs differ in it
     fraction: float | None  # None where its runs differ in it
     most: float  # the largest fraction of its runs
-    pairs: int | None  # that people described, where all its runs and seeds agree
+    pairs: int | None  # that people described, mean over seeds; None where its runs differ in the fraction
     runs: Mapping[int, tuple[Path, ...]]
     by_seed: Mapping[int, float]  # the mean over the seed's runs
     points: tuple[str, ...]
@@ -132,13 +132,14 @@ def _cell(name: str, variant: str, scores: Sequence[Score], folder: Path) -> Cel
     amounts = {score.pairs if score.supervised_pairs is None else score.supervised_pairs for score in scores}
     if not any("captions" in source.split("+") for source in sources):
         amounts = {0}
+    known = [amount for amount in amounts if amount is not None]
     return Cell(
         name,
         variant,
         sources.pop() if len(sources) == 1 else "",
         next(iter(fractions)) if len(fractions) == 1 else None,
         max(fractions),
-        amounts.pop() if len(amounts) == 1 else None,
+        round(sum(known) / len(known)) if len(fractions) == 1 and len(known) == len(amounts) else None,
         {seed: tuple(of_seed) for seed, of_seed in sorted(runs.items())},
         {seed: sum(of_seed.values()) / len(of_seed) for seed, of_seed in sorted(runs.items())},
         tuple(dict.fromkeys(filter(None, (score.point for score in scores)))),
@@ -179,7 +180,7 @@ def check_axis(axis: str, jobs: Sequence[Job]) -> None:
 def _axis(job: Job, axis: str) -> str | None:
     stage, _, key = axis.rpartition(":")
     if stage:
-        behind = next((each for each in _ancestors(job) if each.stage == stage), None)
+        behind = next((each for each in ancestors(job) if each.stage == stage), None)
         return None if behind is None else _lookup(behind, key)
     if axis in job.labels:
         return job.labels[axis]
@@ -190,8 +191,9 @@ def _axis(job: Job, axis: str) -> str | None:
     return _lookup(pretraining if of_pretraining else job, axis)
 
 
-def _ancestors(job: Job) -> list[Job]:
-    return [job, *(each for upstream in job.upstream.values() for each in _ancestors(upstream))]
+def ancestors(job: Job) -> list[Job]:
+    """The job and all runs that it starts from."""
+    return [job, *(each for upstream in job.upstream.values() for each in ancestors(upstream))]
 
 
 def _lookup(job: Job, key: str) -> str | None:

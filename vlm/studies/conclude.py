@@ -16,7 +16,7 @@ from vlm.run import write_atomically
 from vlm.studies import curves
 from vlm.studies.board import write_board
 from vlm.studies.collect import collect_with_jobs, table, task_name, write_csv, write_parquet
-from vlm.studies.compare import PLACE, check_axis, compare_panel
+from vlm.studies.compare import PLACE, ancestors, check_axis, compare_panel
 from vlm.studies.plan import Job, StudyConfig, distinct
 from vlm.studies.questions import resample
 from vlm.studies.report import Report, markdown, mixed_rows, rich_differences, rich_scores, rich_worths
@@ -70,6 +70,7 @@ def show(study: StudyConfig, jobs: Sequence[Job], folder: Path, console: Console
     resampled, left_out = resample([job for job, _ in collected])
     panels = [compare_panel(panel, collected, resampled, folder, view.by, view.against) for panel in shown]
     runs = distinct(jobs)
+    behind = [(job, each) for job, _ in collected for each in ancestors(job)]
     report = Report(
         study.question,
         view.whole_command,
@@ -79,6 +80,7 @@ def show(study: StudyConfig, jobs: Sequence[Job], folder: Path, console: Console
         len(runs),
         view.by,
         left_out,
+        list(dict.fromkeys(each.stage for job, each in behind if each.config.seed != job.config.seed)),
         [("The supervision curves", "curve.png")],
     )
     words = markdown(report)

@@ -27,6 +27,7 @@ class Report:
     num_planned: int
     axis: str
     left_out: Sequence[str]  # runs without scores of questions, and why
+    shared_stages: Sequence[str]  # whose one run serves several seeds
     figures: Sequence[tuple[str, str]]  # title, file
 
     @property
@@ -58,6 +59,9 @@ def _opening(report: Report) -> str:
     if report.axis != PLACE:
         text += f" Rows are the values of `{report.axis}`; what else differs among a row's runs is averaged over."
         text += "".join(f"\n- {row}" for row in mixed_rows(report.panels))
+    if report.shared_stages and len(seeds) > 1:
+        text += f" All seeds start from one run of {', '.join(report.shared_stages)}: "
+        text += "what another one would give is in no interval."
     notes = [f"{reason[0].upper()}{reason[1:]}, so their intervals are over seeds alone." for reason in report.left_out]
     return "\n\n".join([text, *notes, *warnings(report.scores)])
 
