@@ -102,7 +102,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--list", action="store_true", help="list every run")
 
-    for each in (show, train, study, plan):
+    compare = verb("compare", _compare, "Compare a study's finished runs: differences, exchange rates, a report.")
+    compare.add_argument("study", metavar="NAME", help="a study under experiments/, or the path of a study.yaml")
+    compare.add_argument("--folder", type=Path, metavar="DIR", help="where the runs are")
+    compare.add_argument(
+        "--by", metavar="AXIS", help="group by a label of the study or a key of the config, such as supervision.source"
+    )
+    compare.add_argument("--task", metavar="TASK", help="this task alone")
+    compare.add_argument(
+        "--against", metavar="POINT", help="what the others are compared with (default: no and all pairs)"
+    )
+
+    for each in (show, train, study, plan, compare):
         each.add_argument(
             "--config-dir", type=Path, metavar="DIR", help="a folder of configs, searched before the packaged ones"
         )
@@ -142,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     label.add_argument("--address", metavar="HOST:PORT", help="of a running Ray cluster (default: one is started here)")
     label.add_argument("--workers", type=int, metavar="N", help="of the cluster (default: its GPUs, else its cores)")
 
-    for each in (show, train, evaluate, study, plan, prepare, label):
+    for each in (show, train, evaluate, study, plan, compare, prepare, label):
         each.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as seed=3 or data=world")
     return parser
 
@@ -314,6 +325,13 @@ def _plan(options: argparse.Namespace) -> None:
 
     study, folder = load_study(options.study, options.folder)
     show_plan(study, folder, options.overrides, options.config_dir, options.jobs, options.probe, options.list)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from vlm.studies.run import compare_study
+
+    chosen = options.by, options.task, options.against
+    compare_study(options.study, options.folder, *chosen, options.overrides, options.config_dir)
 
 
 def _score(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from data_loaders.loader import evaluation_loader
 from data_loaders.shards import ShardReader, open_index, ring_hash
 from vlm.config import apply_overrides, fingerprint, load_yaml
 from vlm.errors import MissingFileError, UserError
+from vlm.metrics.items import write_items
 from vlm.metrics.submission import merge_predictions
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.models.vision_language import VisionLanguageModel
@@ -55,6 +56,7 @@ def evaluate_answers(
 ) -> dict[str, float]:
     """Answer every question of the evaluation split, write the official predictions file, and score it.
 
+    The score of each question goes to a file of its own, for comparing runs question by question.
     The selected checkpoint answers. Beside the scores stands `question_prior`: what the most frequent training
     answers to the same questions would score, without a picture. A split whose answers its authors keep has no
     scores. Under DDP the ranks share the questions. With a `baseline` everything is the same but what it takes away.
@@ -71,6 +73,9 @@ def evaluate_answers(
     if not any(question.answers for question in questions):
         return {}
     scores = task.score(questions, predictions)
+    items = task.items(questions, predictions)
+    if items is not None and _rank()[0] == 0:
+        write_items(config.run_folder / f"items-{_name_of(task, baseline)}.safetensors", items)
     try:
         train = task.train_questions(root)
     except MissingFileError:  # a root for evaluation alone, without the training questions

@@ -4,12 +4,22 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
 from made_up_study import Finished
 
 from data_loaders.shards import write_shards
 from vlm.config import compose, dump_yaml
 from vlm.run import CONFIG, RESULT, RunConfig
-from vlm.studies.collect import Score, collect, headline, pretraining_of, source_name, write_csv
+from vlm.studies.collect import (
+    Score,
+    collect,
+    headline,
+    pretraining_of,
+    source_name,
+    table,
+    write_csv,
+    write_parquet,
+)
 from vlm.studies.plan import plan
 from vlm.supervision import CaptionsConfig, MachineLabelsConfig, NoneConfig, SupervisionConfig
 from vlm.supervision.ledger import LEDGER, Entry, Ledger, model_entries, unknown_entries
@@ -62,14 +72,27 @@ def test_runs_without_a_result_are_left_out(finished: Finished, tmp_path: Path) 
 
 
 def test_the_file_has_a_line_a_score_and_no_machine_s_paths(finished: Finished, tmp_path: Path) -> None:
-    write_csv(finished.scores, tmp_path / "results.csv")
+    write_csv(table(finished.jobs, finished.scores, finished.folder), tmp_path / "results.csv")
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(finished.scores)
+    assert [row["score"] != "" for row in rows] == [True] * len(finished.scores) + [False] * 12
+    assert {row["run"] for row in rows} == {f"runs/{job.id}" for job in finished.jobs}
+    assert {(row["stage"], row["pairs"]) for row in rows if row["point"] == "5%"} >= {("pretrain", "1000")}
+    assert all(row["seconds"] == "2.5" for row in rows)
     assert all(row["run"].startswith("runs/") for row in rows)
     five = next(row for row in rows if (row["point"], row["task"]) == ("5%", "nlvr2"))
     assert five["score"] == "59.4574"  # 50 + 20 * 0.05^0.25
     assert five["chance"] == ""
+
+
+def test_parquet_holds_the_same_table_with_types(finished: Finished, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = table(finished.jobs, finished.scores, finished.folder)
+    assert write_parquet(rows, tmp_path / "results.parquet")
+    read = parquet.read_table(tmp_path / "results.parquet")
+    assert read.to_pylist() == rows
+    types = {name: str(read.schema.field(name).type) for name in ("seed", "score", "question_only", "total_pairs")}
+    assert types == {"seed": "int64", "score": "double", "question_only": "bool", "total_pairs": "int64"}
 
 
 def test_a_score_says_who_has_seen_how_many_pairs(finished: Finished, tmp_path: Path) -> None:
@@ -91,7 +114,7 @@ def test_a_score_says_who_has_seen_how_many_pairs(finished: Finished, tmp_path: 
         (500, 400_000_500, 0, "vision 400,000,000"),
         (500, None, None, "vision 400,000,000; labeller unknown"),
     ]
-    write_csv([score], tmp_path / "results.csv")
+    write_csv(table([], [score], finished.folder), tmp_path / "results.csv")
     with (tmp_path / "results.csv").open() as read:
         (row,) = csv.DictReader(read)
     assert (row["pairs"], row["total_pairs"], row["others"]) == ("0", "", "vision 400,000,000; labeller unknown")

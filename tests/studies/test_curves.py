@@ -6,7 +6,6 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 from made_up_study import Finished, with_books
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vlm.studies import curves
 from vlm.studies.plan import FigureConfig, PanelConfig
@@ -103,25 +102,20 @@ def test_zero_stands_left_of_every_fraction_and_sources_right_of_all(finished: F
     assert scale.flat_place("machine labels") > places[-1]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard_reads_the_curve_back(finished: Finished, nlvr2: curves.Panel, tmp_path: Path) -> None:
-    drawn = curves.draw(finished.scores, [nlvr2], FigureConfig())
-    for _ in range(2):  # writing again replaces
-        curves.write_tensorboard(finished.scores, [nlvr2], drawn, "| a table |", tmp_path)
-
-    def read(run: str) -> EventAccumulator:
-        return EventAccumulator(str(tmp_path / "curve" / run)).Reload()
-
-    def points(run: str) -> list[tuple[int, float]]:
-        return [(event.step, round(event.value, 2)) for event in read(run).Scalars("supervision_curve/nlvr2")]
-
-    assert points("NLVR2 image-text pairs") == [(0, 51), (500, 60.46), (10_000, 71)]
-    assert points("NLVR2 machine labels") == [(0, 61), (10_000, 61)]
-    assert points("NLVR2 question only, trained") == [(0, 52), (10_000, 52)]
-    beside = read("figure and table")
-    assert len(beside.Images("supervision_curve")) == 1
-    text = beside.Tensors("supervision_curve/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "| a table |" in text and "basis point" in text
+def test_no_axis_shows_more_than_100_percent_and_a_cut_interval_is_marked(
+    finished: Finished, nlvr2: curves.Panel
+) -> None:
+    high = [dataclasses.replace(score, score=min(100.0, score.score + 29)) for score in finished.scores]
+    (axes,) = (drawn := curves.draw(high, [nlvr2], FigureConfig())).axes
+    assert axes.get_ylim()[1] == 100
+    ends = [path.vertices[:, 1].max() for bars in axes.collections for path in bars.get_paths()]
+    assert max(ends) == 100
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "^" and line.get_ydata()[0] == 100] == [
+        2
+    ]
+    assert "open triangle" in drawn.legends[0].get_title().get_text()
+    low = curves.draw(finished.scores, [nlvr2], FigureConfig())
+    assert "open triangle" not in low.legends[0].get_title().get_text()
 
 
 def test_pairs_seen_elsewhere_are_on_the_axis_in_the_table_and_a_warning(

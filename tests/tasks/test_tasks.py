@@ -485,3 +485,20 @@ def test_real_nlvr2_rows_name_the_real_pictures(tmp_path: Path) -> None:
     for question in questions:
         for key in question.image_keys:
             assert (FIXTURES / "images" / "nlvr2" / f"{key}.png").is_file(), key
+
+
+@each_task
+def test_the_mean_over_questions_is_the_headline(task: Task, questions: list[Question]) -> None:
+    answers = {q.id: "True" if task.type == "nlvr2" else (q.answers or ("yes",))[0] for q in questions}
+    items = task.items(questions, answers)
+    assert items is not None
+    assert items.percent == pytest.approx(task.score(questions, answers)[task.headline], abs=1e-4)
+    assert len(items.values) == sum(question.counts for question in questions)
+
+
+def test_items_are_drawn_with_their_image_and_statements_with_their_group() -> None:
+    vqav2 = VQAv2Task().items(VQAV2, {q.id: "yes" for q in VQAV2})
+    nlvr2 = NLVR2Task().items(NLVR2, {q.id: "True" for q in NLVR2})
+    assert vqav2 is not None and nlvr2 is not None
+    assert len(set(vqav2.clusters.tolist())) == len({q.image_keys for q in VQAV2})
+    assert len(set(nlvr2.clusters.tolist())) == len({q.group for q in NLVR2})

@@ -235,6 +235,7 @@ AS_RELEASED = ("task.second_image=fused_text", "model.pooler=none", "model.fusio
 def test_a_finetuned_run_loads_and_answers_as_it_was_scored(
     make_config: MakeConfig, task: str, options: tuple[str, ...]
 ) -> None:
+    from vlm.metrics.items import read_items
     from vlm.tasks.task import Task
 
     config = make_config("finetune", f"task={task}", "trainer.samples=64", *options)
@@ -252,6 +253,8 @@ def test_a_finetuned_run_loads_and_answers_as_it_was_scored(
     answers = loaded.answer(flat, [question.text for question in questions])
     predictions = {question.id: next(iter(answer)) for question, answer in zip(questions, answers, strict=True)}
     assert config.task.score(questions, predictions)["accuracy"] == pytest.approx(result["scores"]["accuracy"])
+    items = read_items(folder / f"items-{task}-test.safetensors")
+    assert items.percent == pytest.approx(result["scores"]["accuracy"], abs=1e-4)
     assert all(list(answer.values()) == sorted(answer.values(), reverse=True) for answer in answers)
 
 

@@ -73,6 +73,26 @@ def replicates(tally: Tally, num_resamples: int = RESAMPLES, seed: int = 0) -> M
     return drawn | {name: np.concatenate(blocks) for name, blocks in others.items()}
 
 
+def mean_replicates(
+    values: NDArray[np.float32], clusters: NDArray[np.int32], num_resamples: int = RESAMPLES, seed: int = 0
+) -> NDArray[np.float64]:
+    """For each row of `values`, which are of the same questions, its mean in every resample: [resamples, rows].
+
+    All rows are resampled alike, so that the differences of columns are paired.
+    """
+    import numpy as np
+
+    num_clusters = int(clusters.max()) + 1
+    sums = np.stack([np.bincount(clusters, row, num_clusters) for row in values], axis=1)
+    counts = np.bincount(clusters, None, num_clusters)
+    return np.concatenate(
+        [
+            (weights @ sums) / (weights @ counts)[:, None]
+            for weights in resample_weights(num_clusters, num_resamples, seed)
+        ]
+    )
+
+
 def resample_weights(num_clusters: int, num_resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
     """How often each cluster was drawn, one row a resample, in blocks. The same seed draws the same."""
     import numpy as np

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from vlm.bookkeeping import ledger_of_run
 from vlm.config import CustomConfig
 from vlm.errors import UserError
 from vlm.run import CONFIG, RESULT, write_atomically
-from vlm.studies.plan import Job
+from vlm.studies.plan import Job, distinct
 from vlm.studies.statistics import estimate
 from vlm.supervision import NoneConfig, SupervisionConfig
 from vlm.supervision.ledger import LEDGER
@@ -48,12 +50,26 @@ class Score:
     total_pairs: int | None = None  # that any component has ever seen, labeller and filter included
     total_labelled_images: int | None = None
     others: str = ""  # components that have seen pairs beyond the supervised ones: "vision 400,000,000"
+    # What the run cost; None where its result does not tell.
+    steps: int | None = None
+    samples: int | None = None
+    seconds: float | None = None
+
+
+Row = dict[str, Any]
+"""A line of the tidy table: the fields of `Score`, None where the run has no such value."""
 
 
 def collect(jobs: Sequence[Job], folder: Path) -> list[Score]:
     """The scores of all finished jobs, in the order of the plan."""
+    return [score for _, score in collect_with_jobs(jobs, folder)]
+
+
+def collect_with_jobs(jobs: Sequence[Job], folder: Path) -> list[tuple[Job, Score]]:
+    """The scores of all finished jobs, each with its job: a run at two places of the grid has two."""
     stages = _stages_of_tasks(jobs)
     scores = []
+    of_jobs = []
     for job in jobs:
         result = _result(job)
         if result is None or job.config.task is None:
@@ -63,17 +79,18 @@ def collect(jobs: Sequence[Job], folder: Path) -> list[Score]:
         task = task_name(job)
         question_only = is_question_only(job)
         books = _books(job)
-        own_axes = [f"{label.split('.')[-1]}={value}" for label, value in job.labels.items() if _is_variant(label)]
+        variant = _variant(job)
         if len(stages[task]) > 1 and not question_only:
-            own_axes.append(job.stage)
+            variant = ", ".join(filter(None, (variant, job.stage)))
         for metric, score in result["scores"].items():
             if metric.split("/")[-1] in BASELINES:
                 continue
+            of_jobs.append(job)
             scores.append(
                 Score(
                     stage=job.stage,
                     point=job.labels.get("point", ""),
-                    variant=", ".join(own_axes),
+                    variant=variant,
                     source=source_name(supervision),
                     fraction=supervision.fraction,
                     pairs=(_result(pretraining) or {}).get("examples") if pretraining is not job else None,
@@ -87,20 +104,54 @@ def collect(jobs: Sequence[Job], folder: Path) -> list[Score]:
                     chance=_baseline("chance", metric, result["scores"], headline(job)),
                     run=str(job.folder.relative_to(folder.resolve())),
                     **books,
+                    **_cost(result),
                 )
             )
-    return _with_question_only(scores)
+    return list(zip(of_jobs, _with_question_only(scores), strict=True))
 
 
-def write_csv(scores: Iterable[Score], file: Path) -> None:
-    """A line a score, floats with at most 4 digits behind the point, empty where there is no value."""
+def table(jobs: Sequence[Job], scores: Sequence[Score], folder: Path) -> list[Row]:
+    """The tidy table: a row a run and score, then a row for each finished run that has none, with what it cost."""
+    rows = [dataclasses.asdict(score) for score in scores]
+    names = [field.name for field in dataclasses.fields(Score)]
+    for job in distinct(jobs):
+        result = _result(job)
+        if result is None or job.config.task is not None:
+            continue
+        own = {"stage": job.stage, "point": job.labels.get("point", ""), "seed": job.config.seed}
+        own |= {"variant": _variant(job), "run": str(job.folder.relative_to(folder.resolve()))}
+        if job.config.data.part == "pairs":
+            supervision = job.config.supervision
+            own |= {"source": source_name(supervision), "fraction": supervision.fraction}
+            own |= {"pairs": result.get("examples")} | _books(job)
+        rows.append(dict.fromkeys(names) | own | _cost(result))
+    return rows
+
+
+def write_csv(rows: Iterable[Row], file: Path) -> None:
+    """Floats with at most 4 digits behind the point, empty where there is no value."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in dataclasses.fields(Score))
-    for score in scores:
-        values = dataclasses.astuple(score)
-        writer.writerow(round(value, 4) if isinstance(value, float) else value for value in values)
+    names = [field.name for field in dataclasses.fields(Score)]
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow(round(value, 4) if isinstance(value := row[name], float) else value for name in names)
     write_atomically(file, text.getvalue())
+
+
+def write_parquet(rows: Sequence[Row], file: Path) -> bool:
+    """The same table with types and unrounded; False if pyarrow is not there to write it."""
+    try:
+        pyarrow: Any = importlib.import_module("pyarrow")  # it has no types
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        return False
+    kinds = {"str": pyarrow.string(), "int": pyarrow.int64(), "float": pyarrow.float64(), "bool": pyarrow.bool_()}
+    fields = [(field.name, kinds[str(field.type).split(" ")[0]]) for field in dataclasses.fields(Score)]
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows), pyarrow.schema(fields)), partial)
+    os.replace(partial, file)
+    return True
 
 
 def pretraining_of(job: Job) -> Job:
@@ -151,8 +202,14 @@ def _stages_of_tasks(jobs: Sequence[Job]) -> dict[str, set[str]]:
     return stages
 
 
-def _is_variant(label: str) -> bool:
-    return label not in ("point", "task", "seed")
+def _variant(job: Job) -> str:
+    """The job's place on axes that have no column of their own."""
+    labels = {label: value for label, value in job.labels.items() if label not in ("point", "task", "seed")}
+    return ", ".join(f"{label.split('.')[-1]}={value}" for label, value in labels.items())
+
+
+def _cost(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: result.get(name) for name in ("steps", "samples", "seconds")}
 
 
 def _books(job: Job) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""The supervision curve: scores against the fraction of pairs, as a figure, in TensorBoard and as a table."""
+"""The supervision curve: scores against the fraction of pairs, as a figure and as a table."""
 
 from __future__ import annotations
 
 import math
-import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +43,6 @@ LEVELS: tuple[tuple[str, str, Any], ...] = (
     ("question_prior", "most frequent answer", (0, (6, 2, 1, 2))),
     ("chance", "chance", (0, (1, 2))),
 )
-BASIS_POINTS = 10_000
 WARNING_COLOUR = "#B00020"
 
 
@@ -211,7 +209,9 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
     styles = {name: STYLES[number % len(STYLES)] for number, name in enumerate(names)}
     columns = min(max(len(shown), 1), 3)
     rows = math.ceil(max(len(shown), 1) / columns)
-    drawn = Figure(figsize=(3.5 * columns + 0.4, 3.1 * rows + 0.75), dpi=180, layout="constrained")
+    drawn = Figure(
+        figsize=(3.5 * columns + (0.4 if columns > 1 else 1.4), 3.1 * rows + 0.75), dpi=180, layout="constrained"
+    )
     legend: dict[str, Any] = {}
     for number, (panel, of_panel) in enumerate(zip(shown, by_panel, strict=True)):
         axes = drawn.add_subplot(rows, columns, number + 1)
@@ -223,11 +223,11 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
             handle = _draw_line(axes, line, scale, styles[line.source, line.variant])
             legend.setdefault(line.legend, handle)
         scale.apply(axes)
-        axes.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(7, steps=[1, 2, 5, 10]))
         axes.margins(y=0.12)
         low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -2), min(high, 102))
-        axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+        axes.set_ylim(max(low, 0), min(high, 100))  # no score lies outside, even where an interval would
+        axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", pad=12)
         kinds = [one.metric.split("/")[-1] for one in shown]
         if number % columns == 0 or (figure.y_label is None and kinds[number] != kinds[number - 1]):
             axes.set_ylabel(figure.y_label or f"{_words(kinds[number])} (%)")
@@ -245,15 +245,26 @@ def draw(scores: Sequence[Score], shown: Sequence[Panel], figure: FigureConfig) 
         order = [name for name in legend if name not in levels] + [name for name in levels if name in legend]
         several = [len(value.values) for of_panel in by_panel for line in of_panel for _, value in line.points]
         note = "bars: 95% t-interval of the mean over seeds; dots: single seeds" if max(several) > 1 else None
+        ends = [
+            abs(value.mean - 50) + (value.half_width or 0)
+            for own in by_panel
+            for line in own
+            for _, value in line.points
+        ]
+        if note and max(ends) > 50:
+            note += "; open triangle: the interval goes on"
+        legend_columns = _legend_columns(order, drawn.get_figwidth())
+        more_rows = max(0, math.ceil(len(order) / legend_columns) - 2)
+        drawn.set_figheight(drawn.get_figheight() + 0.19 * more_rows)
         drawn.legend(
             [legend[name] for name in order],
             order,
             loc="outside lower center",
-            ncols=_legend_columns(order, drawn.get_figwidth()),
+            ncols=legend_columns,
             frameon=False,
             fontsize=9,
             handlelength=3.2,
-            title=note,
+            title=None if note is None else textwrap.fill(note, round(17 * drawn.get_figwidth())),
             title_fontsize=8,
         )
     return drawn
@@ -359,24 +370,44 @@ def _draw_line(axes: Axes, line: Line, scale: _Scale, style: tuple[str, str, str
     else:
         places = [scale.place(fraction) for fraction, _ in line.points]
     estimates = [value for _, value in line.points]
-    widths = [value.half_width or 0.0 for value in estimates]
     begin = 1 if len(places) > 1 and line.points[0][0] == 0 else 0
     axes.plot(places[: begin + 1], [value.mean for value in estimates[: begin + 1]], ":", color=colour, linewidth=1.2)
-    handle = axes.errorbar(
-        places[begin:],
-        [value.mean for value in estimates[begin:]],
-        yerr=widths[begin:] if any(widths) else None,
-        linestyle=dashes,
-        **_markers(colour, marker),
-    )
+    handle = _draw_estimates(axes, places[begin:], estimates[begin:], dashes, colour, marker)
     if begin:  # the way from zero crosses the break of the axis, so it is no part of the line
-        zero_width = widths[:1] if any(widths) else None
-        axes.errorbar(places[:1], [estimates[0].mean], yerr=zero_width, **_markers(colour, marker))
+        _draw_estimates(axes, places[:1], estimates[:1], "none", colour, marker)
     aside = 0.022 * (scale.end - scale.zero)
     for place, value in zip(places, estimates, strict=True):
         if len(value.values) > 1:
             x = [place + aside] * len(value.values)
-            axes.plot(x, value.values, ".", color=colour, alpha=0.55, markersize=5.5, markeredgewidth=0, zorder=4)
+            dots: dict[str, Any] = {"alpha": 0.55, "markersize": 5.5, "markeredgewidth": 0, "zorder": 4}
+            axes.plot(x, value.values, ".", color=colour, clip_on=False, **dots)
+    return handle
+
+
+def _draw_estimates(
+    axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], dashes: str, colour: str, marker: str
+) -> Any:
+    """Means with the part of their intervals that scores can reach; an open triangle says where one goes on."""
+    from matplotlib.transforms import offset_copy
+
+    widths = [value.half_width or 0.0 for value in estimates]
+    below = [min(width, value.mean) for value, width in zip(estimates, widths, strict=True)]
+    above = [min(width, 100 - value.mean) for value, width in zip(estimates, widths, strict=True)]
+    handle = axes.errorbar(
+        places,
+        [value.mean for value in estimates],
+        yerr=[below, above] if any(widths) else None,
+        linestyle=dashes,
+        **_markers(colour, marker),
+    )
+    for artist in handle.get_children():
+        artist.set_clip_on(False)  # what stands at 100% is drawn whole
+    for place, value, width in zip(places, estimates, widths, strict=True):
+        for end, beyond, pointer in ((100, value.mean + width > 100, "^"), (0, value.mean - width < 0, "v")):
+            if beyond:
+                aside = offset_copy(axes.transData, axes.get_figure(root=True), y=6 if end else -6, units="points")
+                style: dict[str, Any] = {"markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.1}
+                axes.plot([place], [end], pointer, color=colour, zorder=6, transform=aside, clip_on=False, **style)
     return handle
 
 
@@ -462,39 +493,3 @@ def rich_table(scores: Sequence[Score], shown: Sequence[Panel]) -> Table:
     for number, row in enumerate(rows):
         table.add_row(*row, end_section=number == last_run, style="dim" if row[0] in baseline_names else None)
     return table
-
-
-# --- TensorBoard -----------------------------------------------------------------------------------------------------
-
-
-def write_tensorboard(scores: Sequence[Score], shown: Sequence[Panel], drawn: Figure, table: str, folder: Path) -> None:
-    """Each line as a TensorBoard run under `folder`, which is written anew; figure and table beside them.
-
-    TensorBoard's x axis is an integer step. Here a step is a basis point of the pairs: 10,000 are all of them. A flat
-    line goes from 0 to 10,000.
-    """
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from torch.utils.tensorboard import SummaryWriter
-
-    def write(run: str, tag: str, points: Sequence[tuple[float, float]]) -> None:
-        with SummaryWriter(str(folder / "curve" / run)) as writer:
-            for fraction, value in points:
-                step = max(1, round(BASIS_POINTS * fraction)) if fraction else 0
-                writer.add_scalar(f"supervision_curve/{tag}", value, step)
-
-    shutil.rmtree(folder, ignore_errors=True)
-    for panel in shown:
-        for line in lines(scores, panel):
-            fractions = (0.0, 1.0) if line.is_flat else tuple(fraction for fraction, _ in line.points)
-            means = [value.mean for _, value in line.points] * (2 if line.is_flat else 1)
-            write(f"{panel.title} {line.name}", panel.tag, list(zip(fractions, means, strict=True)))
-        for baseline in baselines(scores, panel):
-            write(f"{panel.title} {baseline.name}", panel.tag, [(0.0, baseline.value), (1.0, baseline.value)])
-    canvas = FigureCanvasAgg(drawn)
-    canvas.draw()
-    with SummaryWriter(str(folder / "curve" / "figure and table")) as writer:
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        writer.add_image("supervision_curve", pixels, dataformats="HWC")
-        note = "In the scalars, a step is a basis point (1/100 of a percent) of the pairs: step 10,000 is all of them."
-        writer.add_text("supervision_curve", f"{table}\n{note}")

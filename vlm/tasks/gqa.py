@@ -58,9 +58,10 @@ class GQATask(Task):
 
     def score(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
         counted = [question for question in questions if question.counts]
-        return accuracy_by_group(
-            counted, [float(predicted(question, predictions) in question.answers) for question in counted]
-        )
+        return accuracy_by_group(counted, [self.value(q, predicted(q, predictions)) for q in counted])
+
+    def value(self, question: Question, prediction: str) -> float:
+        return float(prediction in question.answers)
 
     def official(self, question: Question, answer: str) -> dict[str, Any]:
         return {"questionId": question.id, "prediction": answer}

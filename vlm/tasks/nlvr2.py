@@ -43,11 +43,17 @@ class NLVR2Task(Task):
         return {answer_ids[answer]: 1.0 for answer in question.answers}
 
     def score(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
-        right = [float(predicted(question, predictions) in question.answers) for question in questions]
+        right = [self.value(question, predicted(question, predictions)) for question in questions]
         groups = defaultdict(list)
         for question, value in zip(questions, right, strict=True):
             groups[question.group].append(value)
         return {"accuracy": mean_percent(right), "consistency": mean_percent([min(group) for group in groups.values()])}
+
+    def value(self, question: Question, prediction: str) -> float:
+        return float(prediction in question.answers)
+
+    def cluster(self, question: Question) -> str:
+        return question.group
 
     def write_predictions(self, file: Path, questions: Sequence[Question], predictions: Mapping[str, str]) -> None:
         """The official CSV: identifier,prediction without a header."""

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from vlm.config import Config
 from vlm.errors import UserError
+from vlm.metrics.items import Items, make_items
 from vlm.metrics.submission import check_submission
 from vlm.records import OTHER_FILE, OfficialFile, Row, records, shown
 from vlm.supervision.sources import key_random
@@ -66,6 +67,26 @@ class Task(Config):
     @abstractmethod
     def score(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
         """Scores in percent, among them `headline`. Every question must have a prediction."""
+
+    def value(self, question: Question, prediction: str) -> float | None:
+        """What one answer scores, in [0, 1]. The headline is the mean over the questions that count, in percent.
+
+        None: the headline is no such mean, and runs are compared by their scores alone.
+        """
+        return None
+
+    def cluster(self, question: Question) -> str:
+        """What a question is drawn together with when questions are resampled: its image."""
+        return question.image_keys[0]
+
+    def items(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> Items | None:
+        """The score of each question that counts."""
+        counted = [question for question in questions if question.counts]
+        values = [self.value(question, predicted(question, predictions)) for question in counted]
+        known = [value for value in values if value is not None]
+        if not counted or len(known) < len(counted):
+            return None
+        return make_items([q.id for q in counted], known, [self.cluster(q) for q in counted])
 
     def official(self, question: Question, answer: str) -> dict[str, Any]:
         """One entry of the official results file."""

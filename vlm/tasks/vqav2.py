@@ -80,9 +80,10 @@ class VQAv2Task(Task):
         }
 
     def score(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
-        return accuracy_by_group(
-            questions, [official_accuracy(predicted(question, predictions), question.answers) for question in questions]
-        )
+        return accuracy_by_group(questions, [self.value(q, predicted(q, predictions)) for q in questions])
+
+    def value(self, question: Question, prediction: str) -> float:
+        return official_accuracy(prediction, question.answers)
 
     def official(self, question: Question, answer: str) -> dict[str, Any]:
         return {"question_id": int(question.id), "answer": answer}
