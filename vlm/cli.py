@@ -101,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
         "--probe", action="store_true", help="measure the cost of what has no finished run, in short runs"
     )
     plan.add_argument("--list", action="store_true", help="list every run")
+    plan.add_argument("--flops", action="store_true", help="what all runs cost, from operations counted on the models")
+    plan.add_argument(
+        "--rate",
+        type=float,
+        metavar="FLOPS",
+        help="with --flops: operations a second (default: 40%% of an A100's peak)",
+    )
 
     compare = verb("compare", _compare, "Compare a study's finished runs: differences, exchange rates, a report.")
     compare.add_argument("study", metavar="NAME", help="a study under experiments/, or the path of a study.yaml")
@@ -323,7 +330,16 @@ def _plan(options: argparse.Namespace) -> None:
     from vlm.studies.outlook import show_plan
     from vlm.studies.run import load_study
 
+    if options.rate is not None and not (options.flops and 0 < options.rate < float("inf")):
+        raise UserError(f"--rate {options.rate}: goes with --flops, and must be above 0")
     study, folder = load_study(options.study, options.folder)
+    if options.flops:
+        from vlm.studies.costs import Hardware, markdown_table, study_cost
+        from vlm.studies.plan import plan
+
+        hardware = Hardware() if options.rate is None else Hardware("device", options.rate, 1.0)
+        print(markdown_table(study_cost(plan(study, folder, options.overrides, options.config_dir)), hardware))
+        return
     show_plan(study, folder, options.overrides, options.config_dir, options.jobs, options.probe, options.list)
 
 

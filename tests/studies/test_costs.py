@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlm.cli import main
 from vlm.config import compose, load_yaml
 from vlm.run import RunConfig
 from vlm.studies import costs
@@ -100,7 +101,9 @@ def test_budgets_are_whole_batches_of_what_the_data_holds_or_is_expected_to() ->
     assert budget(compose("pretrain", world, RunConfig)) == 1280
 
 
-def test_a_study_costs_what_its_runs_do_and_says_at_which_rate(tmp_path: Path) -> None:
+def test_a_study_costs_what_its_runs_do_and_says_at_which_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = {
         "question": "?",
         "seeds": [0, 1],
@@ -132,3 +135,6 @@ def test_a_study_costs_what_its_runs_do_and_says_at_which_rate(tmp_path: Path) -
     assert found[0].hours(hardware) == pytest.approx(2 * found[0].examples * found[0].step.flops / 0.5e12 / 3600)  # type: ignore[operator]
     table = markdown_table(found, hardware)
     assert "device at 0 TFLOP/s (50% of 1)" in table and "assumption" in table
+    assert main(["plan", str(tmp_path), "--folder", str(tmp_path), "--flops", "--rate", "5e11"]) == 0
+    assert table.splitlines()[3] in capsys.readouterr().out
+    assert main(["plan", str(tmp_path), "--rate", "5e11"]) == 2

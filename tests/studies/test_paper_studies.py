@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-import vlm.studies.plan as planning
 from vlm.config import load_yaml
 from vlm.objectives import MaskedLanguageConfig, MatchingConfig
 from vlm.run import RESULT, RunConfig, count_parameters, train
+from vlm.studies.outlook import one_seed
 from vlm.studies.plan import Job, StudyConfig, distinct, plan
 from vlm.studies.run import STUDY, experiments_folder
 
@@ -38,11 +38,10 @@ def jobs(name: str) -> tuple[Job, ...]:
     return tuple(distinct(plan(study(name), Path("runs") / name)))
 
 
-def in_small(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+def in_small(name: str, folder: Path) -> list[Job]:
     """One seed of the study with what its dry run changes, which may be what the study itself varies."""
-    monkeypatch.setattr(planning, "_refuse_varied_keys", lambda *_: None)
-    one = study(name).model_copy(update={"seeds": (0,)})
-    return distinct(plan(one, folder, one.dry_run.overrides))
+    one = one_seed(study(name))
+    return distinct(plan(one, folder, forced=one.dry_run.overrides))
 
 
 def of(stage: str, **labels: str) -> list[Job]:
@@ -131,10 +130,8 @@ def without_origin(config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
-def test_a_dry_run_changes_the_data_and_the_budget_and_no_size(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = in_small(name, tmp_path, monkeypatch)
+def test_a_dry_run_changes_the_data_and_the_budget_and_no_size(name: str, tmp_path: Path) -> None:
+    small = in_small(name, tmp_path)
     places = {(job.stage, *(f"{k}={v}" for k, v in job.labels.items() if k != "seed")) for job in small}
     for job in small:
         assert job.config.data.type == "world"
@@ -150,11 +147,11 @@ def test_a_dry_run_changes_the_data_and_the_budget_and_no_size(
 
 
 @pytest.mark.slow
-def test_a_full_size_cell_of_the_paper_runs_on_small_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_size_cell_of_the_paper_runs_on_small_data(tmp_path: Path) -> None:
     """ViT-B/16 and RoBERTa-base with the paper's pretraining and NLVR2, some steps each; 4 GB of memory, 7 of disk."""
     chosen = [
         job
-        for job in in_small(PAPER, tmp_path, monkeypatch)
+        for job in in_small(PAPER, tmp_path)
         if job.title in ("pretrain labels protocol=paper seed=0", "finetune_paper labels nlvr2 protocol=paper seed=0")
     ]
     assert [job.stage for job in chosen] == ["pretrain", "finetune_paper"]

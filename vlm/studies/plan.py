@@ -164,6 +164,7 @@ def plan(
         _check_only(name, stage, [job for source in stage.upstream.values() for job in jobs[source]])
         given: list[str | Setting] = [
             *of_stage(overrides, name),
+            *of_stage(forced, name),
             Setting("name", name),
             Setting("trainer.progress", False),
         ]
