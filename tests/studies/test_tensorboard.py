@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_there_is_a_figure_a_task_and_one_of_all_and_the_report(board: Path) -> 
 
 def test_titles_never_leave_the_folder_and_never_collide(finished: Finished) -> None:
     first, second, third = finished.jobs[:3]
-    hostile = [type(job)(job.stage, job.config, job.upstream, {"point": "../../a"}) for job in (first, second, third)]
+    hostile = [dataclasses.replace(job, labels={"point": "../../a"}) for job in (first, second, third)]
     names = list(_titled(hostile))
     assert len(set(names)) == 3
     assert all("/" not in name and name not in ("", ".", "..") for name in names)

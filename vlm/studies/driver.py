@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -80,20 +80,27 @@ def drive(
     retries: int = 0,
     retry_failed: bool = False,
     console: Console | None = None,
+    on_finished: Callable[[Job], None] | None = None,
 ) -> Outcome:
     """Run what is not finished yet. A job that fails stops only those that start from it.
 
     A failed job gets `retries` more attempts, unless its error must be mended first. Then its failure is written down,
     and later calls leave it alone without `retry_failed`. Interrupted jobs are run again in any case.
     """
-    return _Driver(distinct(jobs), launcher, retries, retry_failed, console or Console()).run()
+    return _Driver(distinct(jobs), launcher, retries, retry_failed, console or Console(), on_finished).run()
 
 
 class _Driver:
     def __init__(
-        self, jobs: Sequence[Job], launcher: Launcher, retries: int, retry_failed: bool, console: Console
+        self,
+        jobs: Sequence[Job],
+        launcher: Launcher,
+        retries: int,
+        retry_failed: bool,
+        console: Console,
+        on_finished: Callable[[Job], None] | None,
     ) -> None:
-        self.launcher, self.retries = launcher, retries
+        self.launcher, self.retries, self.on_finished = launcher, retries, on_finished
         self.outcome = Outcome()
         self.waiting: dict[str, Job] = {}
         self.running: list[Attempt] = []
@@ -164,6 +171,8 @@ class _Driver:
             self.done.add(job.id)
             self.outcome.finished.append(job.id)
             self.board.finished(attempt)
+            if self.on_finished is not None:
+                self.on_finished(job)
         elif ending.kind == "early":
             self.waiting[job.id] = job
         elif ending.kind == "interrupted":

@@ -207,12 +207,26 @@ def dry_run(
     console = Console()
     with tempfile.TemporaryDirectory(prefix="vlm-dry-run-") as folder:
         planned = plan(one_seed(study), Path(folder), overrides, config_folder, study.dry_run.overrides)
-        console.print(f"{len(distinct(planned))} kinds of runs, each in short", highlight=False)
-        prepare_data(planned)
-        require_weights(planned)
-        outcome = drive(planned, LocalLauncher(planned, at_once or 1, work), console=console)
-        report_unfinished(planned, outcome, console)
-    console.print("Every kind of run works.")
+        ordered = depth_first(planned)  # so that few checkpoints lie there at a time
+        dependents: dict[str, set[str]] = {job.id: set() for job in ordered}
+        for job in ordered:
+            for start in job.upstream.values():
+                dependents[start.id].add(job.id)
+
+        def forget(job: Job) -> None:
+            for one in (job, *job.upstream.values()):
+                dependents[one.id] -= {job.id}
+                if not dependents[one.id]:
+                    for checkpoint in one.folder.glob("*.ckpt"):
+                        checkpoint.unlink()
+
+        console.print(f"{len(ordered)} cells, each in short", highlight=False)
+        prepare_data(ordered)
+        require_weights(ordered)
+        launcher = LocalLauncher(ordered, at_once or 1, work)
+        outcome = drive(ordered, launcher, console=console, on_finished=forget)
+        report_unfinished(ordered, outcome, console)
+    console.print("Every cell works.")
 
 
 def one_seed(study: StudyConfig) -> StudyConfig:
@@ -231,6 +245,17 @@ def with_upstream(jobs: Sequence[Job]) -> list[Job]:
         for one in (*with_upstream(list(job.upstream.values())), job):
             found.setdefault(one.id, one)
     return list(found.values())
+
+
+def depth_first(jobs: Sequence[Job]) -> list[Job]:
+    """Each run once, right before those that start from it."""
+    places = {job.id: number for number, job in enumerate(distinct(jobs))}
+
+    def path(job: Job) -> tuple[int, ...]:
+        start = max(job.upstream.values(), key=lambda one: places[one.id], default=None)
+        return (*path(start), places[job.id]) if start else (places[job.id],)
+
+    return with_upstream(sorted(distinct(jobs), key=path))
 
 
 def _groups(job: Job) -> list[tuple[str, ...]]:
