@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data_loaders.cache import cache_folder
-from data_loaders.prepare.emoji import EmojiConfig
+from data_loaders.prepare.emoji_config import EmojiConfig
 from data_loaders.remote import REMOTE, RemoteFolder
-from data_loaders.world import FORMAT, WorldConfig
+from data_loaders.world.config import FORMAT, WorldConfig
 from vlm.config import Config, always_identity, fingerprint, not_identity
 from vlm.errors import UserError
 
@@ -63,7 +63,7 @@ class WorldData(DataOptions):
     def prepare(self, progress: bool = True) -> Path:
         """The data root, made if it is not there."""
         if not self.root.is_dir():
-            from data_loaders.world import write_world
+            from data_loaders.world.writing import write_world
 
             write_world(self.world, self.root, progress)
         return self.root

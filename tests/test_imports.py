@@ -19,7 +19,16 @@ LAYERS = (
     ("vlm.models", "vlm.objectives", "vlm.supervision", "vlm.tasks", "vlm.metrics", "vlm.training.optimizer"),
     ("data_loaders",),
     ("vlm.run",),
-    ("vlm.training", "vlm.bookkeeping", "vlm.evaluation", "vlm.studies", "vlm.scoring", "vlm.labelling", "vlm.hub"),
+    (
+        "vlm.training",
+        "vlm.bookkeeping",
+        "vlm.parameter_counts",
+        "vlm.evaluation",
+        "vlm.studies",
+        "vlm.scoring",
+        "vlm.labelling",
+        "vlm.hub",
+    ),
     ("vlm", "vlm.cli"),
 )
 ENTRIES = {entry: number for number, layer in enumerate(LAYERS) for entry in layer}

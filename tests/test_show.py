@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,11 @@ import yaml
 
 from vlm.cli import main
 from vlm.config import available_configs, compose, default_config_folder, dump_yaml, fingerprint, load_yaml
+from vlm.parameter_counts import parameter_counts
 from vlm.run import RunConfig, count_parameters
 
 CONFIGS = default_config_folder()
+ROOT = Path(__file__).parent.parent
 
 
 def groups_of(name: str) -> list[str]:
@@ -82,3 +87,30 @@ def test_show_says_what_each_component_has_ever_seen(capsys: pytest.CaptureFixtu
     assert "# ever seen by language: pairs 0, labelled images 0, texts 160 GB of text" in shown
     assert main(["show", "pretrain", "supervision.keys=nowhere.txt"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["supervision"]["keys"] == "nowhere.txt"
+
+
+def test_parameters_are_counted_once_and_anew_where_they_may_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path))
+    config = compose("pretrain", ["model=tiny"], RunConfig)
+    expected = count_parameters(config)
+    assert parameter_counts(config) == expected
+    (file,) = (tmp_path / "parameters").iterdir()
+    file.write_text('{"total": 7}')
+    assert parameter_counts(config) == {"total": 7}
+    wider = compose("pretrain", ["model=tiny", "model.fusion.width=64"], RunConfig)
+    assert parameter_counts(wider) == count_parameters(wider)
+    file.write_text("not JSON")
+    assert parameter_counts(config) == expected
+
+
+def test_show_imports_no_torch_once_a_model_was_counted(tmp_path: Path) -> None:
+    script = "import sys\nfrom vlm.cli import main\nmain(['show', 'pretrain'])\nprint('torch' in sys.modules)"
+    environment = os.environ | {"VLM_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT).stdout.splitlines()
+        for _ in range(2)
+    )
+    assert first[:-1] == second[:-1] and (first[-1], second[-1]) == ("True", "False")

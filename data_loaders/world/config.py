@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from vlm.config import Config
 
+FORMAT = 3  # raise it, and `vlm.config.FINGERPRINT_FORMAT`, when equal configs give other bytes than before
+
 
 class WorldConfig(Config):
     """One procedural world. Equal configs give equal bytes; each part depends only on `seed` and its own fields."""

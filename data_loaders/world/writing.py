@@ -16,14 +16,13 @@ from rich.progress import Progress
 from data_loaders.progress import progress_bar
 from data_loaders.shards import write_shards
 from data_loaders.world import gqa, nlvr2, vqav2
-from data_loaders.world.config import WorldConfig
+from data_loaders.world.config import FORMAT, WorldConfig
 from data_loaders.world.drawing import draw
 from data_loaders.world.language import caption, machine_labels
 from data_loaders.world.scenes import Scene, scenes_of, stream
 from vlm.errors import UserError
 from vlm.types import Record
 
-FORMAT = 3  # raise it, and `vlm.config.FINGERPRINT_FORMAT`, when equal configs give other bytes than before
 MANIFEST = "world.json"
 SPLITS = ("train", "validation", "test")
 CAPTION_FRACTION = 0.6  # of the unpaired texts; the others are questions and statements

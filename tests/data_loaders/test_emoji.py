@@ -19,7 +19,6 @@ from data_loaders.cache import cache_folder
 from data_loaders.prepare.emoji import (
     CLASSIFIER_PACKAGE,
     PACKAGES,
-    EmojiConfig,
     NpmPackage,
     family,
     fetch_package,
@@ -27,6 +26,7 @@ from data_loaders.prepare.emoji import (
     split_of,
     write_emoji,
 )
+from data_loaders.prepare.emoji_config import EmojiConfig
 from data_loaders.shards import ShardReader, open_index
 from vlm.errors import UserError
 from vlm.types import Record

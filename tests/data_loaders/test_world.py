@@ -17,13 +17,14 @@ import pytest
 from PIL import Image
 
 from data_loaders.shards import ShardReader, open_index
-from data_loaders.world import WorldConfig, drawing, write_world
+from data_loaders.world import drawing
+from data_loaders.world.config import WorldConfig
 from data_loaders.world.gqa import gqa_questions
 from data_loaders.world.language import MAX_WORDS, caption, machine_labels
 from data_loaders.world.nlvr2 import nlvr2_statements
 from data_loaders.world.scenes import COLORS, PARTS, SHAPES, Scene, Thing, part_of, scenes_of
 from data_loaders.world.vqav2 import vqav2_questions
-from data_loaders.world.writing import paired_records
+from data_loaders.world.writing import paired_records, write_world
 from vlm.errors import UserError
 from vlm.types import Record
 

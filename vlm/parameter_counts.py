@@ -1,0 +1,47 @@
+"""Parameter counts without the seconds that torch takes to import: each model is counted once and remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+from data_loaders.cache import cache_folder
+from vlm.config import CustomConfig, fingerprint
+from vlm.run import RunConfig, count_parameters, write_atomically
+
+COUNTED_BY = ("torch", "timm", "transformers", "open_clip_torch")
+
+
+def parameter_counts(config: RunConfig) -> dict[str, int]:
+    """As `count_parameters` counts them. What may change under the same name, such as outside code, is counted anew."""
+    model = config.model
+    parts: list[Any] = [model.vision, model.language, model.fusion]
+    names = [getattr(part, "name", None) for part in parts]
+    if any(isinstance(part, CustomConfig) for part in parts) or any(name and Path(name).exists() for name in names):
+        return count_parameters(config)
+    file = cache_folder() / "parameters" / f"{fingerprint(model)}-{_code()}.json"
+    with contextlib.suppress(OSError, ValueError):
+        told = json.loads(file.read_text())
+        if isinstance(told, dict) and all(type(count) is int for count in told.values()):
+            return told
+    counts = count_parameters(config)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(counts))
+    return counts
+
+
+def _code() -> str:
+    """8 hex digits that change with the libraries and with the code of the models."""
+    marks = []
+    for name in COUNTED_BY:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            marks.append(f"{name} {importlib.metadata.version(name)}")
+    for source in sorted((Path(__file__).parent / "models").rglob("*.py")):
+        stat = source.stat()
+        marks.append(f"{source.name} {stat.st_size} {stat.st_mtime_ns}")
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest()[:8]
