@@ -36,7 +36,8 @@ ROOT = STUDY.parents[2]
 SIZE = "96m"  # of the file system; the study takes about half
 TRIES = 6  # calls of the same command, at the most, after the last disturbance
 POLL_SECONDS = 0.05
-LONGEST_PAUSE = 6.0  # seconds from one disturbance to the next
+PAUSES = 1.0, 12.0  # seconds from one disturbance to the next; a study takes a few to begin
+ROUND = 5  # disturbances of one study
 TIMING = ("seconds", "examples_per_second")
 
 
@@ -85,7 +86,7 @@ def main() -> None:
             while sum(done.values()) < options.disturbances:
                 on = options.on[number % len(options.on)]
                 folder = place / "small" / f"round{number}"
-                most = options.disturbances - sum(done.values())
+                most = min(ROUND, options.disturbances - sum(done.values()))
                 done += disturbed(folder, on, chance, most, can_fill)
                 if (found := outcome(folder)) != expected:
                     changed = sorted(set(found) ^ set(expected))
@@ -122,16 +123,16 @@ def disturbed(folder: Path, on: str, chance: random.Random, most: int, can_fill:
     done: Counter[str] = Counter()
     kinds = ["runner", "worker" if on == "ray" else "job", *(["disk"] if can_fill else [])]
     calls, study = 1, start(folder, on)
-    tries = 0
+    tries, kind = 0, None
     while True:
-        pause = time.monotonic() + chance.uniform(0.2, LONGEST_PAUSE)
+        pause = time.monotonic() + (chance.uniform(*PAUSES) if kind is None else 0.5)
         while time.monotonic() < pause and study.poll() is None:
             check(watch)
             time.sleep(POLL_SECONDS)
         if study.poll() is not None:
             if study.returncode == 0:
                 check(watch)
-                print(f"  {calls} calls, {sum(done.values())} disturbances: {', '.join(done.elements())}")
+                print(f"  {calls} calls, {sum(done.values())} disturbances: {', '.join(done.elements())}", flush=True)
                 return done
             if sum(done.values()) >= most:
                 tries += 1
@@ -141,7 +142,7 @@ def disturbed(folder: Path, on: str, chance: random.Random, most: int, can_fill:
             continue
         if sum(done.values()) >= most:
             continue
-        kind = chance.choice(kinds)
+        kind = kind or chance.choice(kinds)
         if kind == "runner":
             study.kill()
             study.wait()
@@ -150,10 +151,11 @@ def disturbed(folder: Path, on: str, chance: random.Random, most: int, can_fill:
         else:
             working = processes_at_work(folder)
             if not working:
-                continue
+                continue  # it is killed as soon as there is one
             with contextlib.suppress(ProcessLookupError):
                 os.kill(chance.choice(working), signal.SIGKILL)
         done[kind] += 1
+        kind = None
 
 
 def check(watch: Watch) -> None:
