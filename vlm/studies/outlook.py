@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vlm.config import fingerprint
 from vlm.errors import UserError
 from vlm.run import RESULT
 from vlm.studies.board import clock, seconds_of
@@ -198,16 +199,17 @@ def dry_run(
     at_once: int | None = None,
     work: Callable[[Path], None] = train,
 ) -> None:
-    """Run every cell of the study with the overrides of its `dry_run`, for one seed, in a folder that is thrown away.
+    """Run every kind of run of the study, with the overrides of its `dry_run`, in a folder that is thrown away.
 
-    Exits with status 1 where a run failed.
+    Runs that differ in their seeds, or only in the weights that they start from, are of one kind. Exits with status 1
+    where a run failed.
     """
     from vlm.studies.run import prepare_data, report_unfinished, require_weights
 
     console = Console()
     with tempfile.TemporaryDirectory(prefix="vlm-dry-run-") as folder:
         planned = plan(one_seed(study), Path(folder), overrides, config_folder, study.dry_run.overrides)
-        ordered = depth_first(planned)  # so that few checkpoints lie there at a time
+        ordered = with_upstream(kinds(depth_first(planned)))  # so that few checkpoints lie there at a time
         dependents: dict[str, set[str]] = {job.id: set() for job in ordered}
         for job in ordered:
             for start in job.upstream.values():
@@ -220,13 +222,14 @@ def dry_run(
                     for checkpoint in one.folder.glob("*.ckpt"):
                         checkpoint.unlink()
 
-        console.print(f"{len(ordered)} cells, each in short", highlight=False)
+        cells = f"{len(ordered)} kinds of runs stand for {len(distinct(planned))} cells"
+        console.print(f"{cells}; each goes in short.", highlight=False)
         prepare_data(ordered)
         require_weights(ordered)
         launcher = LocalLauncher(ordered, at_once or 1, work)
         outcome = drive(ordered, launcher, console=console, on_finished=forget)
         report_unfinished(ordered, outcome, console)
-    console.print("Every cell works.")
+    console.print("Every kind of run works.")
 
 
 def one_seed(study: StudyConfig) -> StudyConfig:
@@ -244,6 +247,16 @@ def with_upstream(jobs: Sequence[Job]) -> list[Job]:
     for job in jobs:
         for one in (*with_upstream(list(job.upstream.values())), job):
             found.setdefault(one.id, one)
+    return list(found.values())
+
+
+def kinds(jobs: Sequence[Job]) -> list[Job]:
+    """The first of those that differ only in the weights that they start from."""
+    found: dict[tuple[str, ...], Job] = {}
+    for job in jobs:
+        alone = job.config.model_copy(update={"start_from": None})
+        starts = [fingerprint(start.config.model) for start in job.upstream.values()]
+        found.setdefault((job.stage, fingerprint(alone), *starts), job)
     return list(found.values())
 
 
