@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vlm import records as module
@@ -66,6 +66,8 @@ def test_an_object_reads_as_the_standard_library_reads_it(
 
 @each_example
 @given(json_values, st.lists(json_values, max_size=4), json_values)
+@example(10.0, [], None)  # a chunk ends behind "10."
+@example(1e30, [1.5e-9], 12e300)
 def test_a_list_is_found_under_its_key(tmp_path: Path, before: Any, content: list[Any], after: Any) -> None:
     write(tmp_path / "a.json", {"before": before, "rows": content, "after": after}, {})
     assert read(tmp_path / "a.json", "list", "rows") == content

@@ -99,8 +99,8 @@ def test_parameters_are_counted_once_and_anew_where_they_may_have_changed(
     (file,) = (tmp_path / "parameters").iterdir()
     file.write_text('{"total": 7}')
     assert parameter_counts(config) == {"total": 7}
-    wider = compose("pretrain", ["model=tiny", "model.fusion.width=64"], RunConfig)
-    assert parameter_counts(wider) == count_parameters(wider)
+    deeper = compose("pretrain", ["model=tiny", "model.fusion.depth=7"], RunConfig)
+    assert parameter_counts(deeper) == count_parameters(deeper)
     file.write_text("not JSON")
     assert parameter_counts(config) == expected
 

@@ -311,7 +311,9 @@ class _Reader:
         while True:
             try:
                 value, end = self.decode(self.buffer, self.at)
-                if end < len(self.buffer) or self.ended:
+                # Of "10.5" a buffer may end behind "10.", and then 10 is not the number.
+                is_whole = end + len("e+") < len(self.buffer) or self.buffer[end : end + 1] not in (*".eE", "")
+                if is_whole or self.ended:
                     self.at = end
                     return value
             except json.JSONDecodeError as error:
