@@ -34,5 +34,9 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> tuple[An
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **ours)
     except ConnectionError as error:
-        raise UserError(f"--address {address}: no Ray cluster answers ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--address {address}: no Ray cluster answers ({reason}). One that asks for a token needs the same "
+            "RAY_AUTH_MODE and token here"
+        ) from None
     return ray, True
