@@ -12,3 +12,7 @@ class UserError(Exception):
 
 class MissingFileError(UserError):
     """A file that is not there, for whoever can do without it."""
+
+
+class BusyError(UserError):
+    """Another process works there now; later there is nothing to mend."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vlm.errors import UserError
+from vlm.errors import BusyError, UserError
 
 WAIT_SECONDS = 20.0  # what was killed a moment ago may still be dying
 
@@ -24,7 +24,7 @@ def only_process(folder: Path, what: str, wait_seconds: float = WAIT_SECONDS) ->
     try:
         lock.acquire(timeout=wait_seconds)
     except Timeout:
-        raise UserError(f"{folder}: another process works on this {what}. Wait for it, or stop it") from None
+        raise BusyError(f"{folder}: another process works on this {what}. Wait for it, or stop it") from None
     except (NotImplementedError, OSError):
         if not os.access(folder, os.W_OK):
             raise UserError(f"{folder}: cannot be written to. Choose another folder") from None

@@ -17,7 +17,7 @@ from vlm.config import dump_yaml
 from vlm.run import CONFIG, write_atomically
 from vlm.studies.board import Board
 from vlm.studies.plan import Job, distinct
-from vlm.studies.work import Ending, log_size
+from vlm.studies.work import Ending
 
 FAILURE = "failure.json"
 INTERRUPTIONS = 3  # of a job that one call goes on after; a later call begins to count anew
@@ -192,7 +192,3 @@ class _Driver:
                 failure = {"reason": ending.reason, "attempts": count, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
                 write_atomically(job.folder / FAILURE, json.dumps(failure, indent=1))
             self.board.stopped(attempt, "failed", again)
-
-
-def begin(job: Job) -> Attempt:
-    return Attempt(job, log_size(job.folder))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vlm.config import load_yaml
-from vlm.errors import UserError
+from vlm.errors import BusyError, UserError
 from vlm.run import CONFIG, RESULT, RunConfig, resume
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def run_logged(folder: Path, work: Callable[[Path], None]) -> int:
         status = 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = INTERRUPTED if _is_passing(error, folder) else WRONG
+        is_passing = isinstance(error, BusyError) or _is_passing(error, folder)
+        status = INTERRUPTED if is_passing else WRONG
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else FAILED if error.code else 0
     except KeyboardInterrupt:

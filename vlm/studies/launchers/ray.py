@@ -42,7 +42,12 @@ class RayLauncher(Launcher):
         self.task = self.ray.remote(max_calls=1, max_retries=0)(_run)
 
     def start(self, jobs: Sequence[Job]) -> list[Attempt]:
-        return [_Task(job, log_size(job.folder), reference=self._submit(job)) for job in jobs]
+        tasks = [self._task(job) for job in jobs]  # all of them before one is submitted: any may be refused
+        given = os.getcwd(), self.work
+        return [
+            _Task(job, log_size(job.folder), reference=task.remote(str(job.folder), *given))
+            for job, task in zip(jobs, tasks, strict=True)
+        ]
 
     def wait(self, attempts: Sequence[Attempt], seconds: float) -> None:
         self.ray.wait([_reference(one) for one in attempts], num_returns=1, timeout=seconds, fetch_local=False)
@@ -68,8 +73,10 @@ class RayLauncher(Launcher):
         if self.started:
             self.ray.shutdown()
 
-    def _submit(self, job: Job) -> Any:
+    def _task(self, job: Job) -> Any:
         resources = job.resources
+        if job.config.trainer.num_nodes > 1:
+            raise UserError(f"stages.{job.stage}: trainer.num_nodes is for --on slurm. A Ray task runs on one node")
         total = self.ray.cluster_resources()
         gpus = resources.gpus
         if gpus is None:
@@ -82,8 +89,7 @@ class RayLauncher(Launcher):
                     f"stages.{job.stage}.resources: no node of the cluster has {needed} {name}. Ask for less, or wait "
                     "until such a node has joined"
                 )
-        options = self.task.options(num_cpus=resources.cpus or 1, num_gpus=gpus, memory=memory, name=job.title)
-        return options.remote(str(job.folder), os.getcwd(), self.work)
+        return self.task.options(num_cpus=resources.cpus or 1, num_gpus=gpus, memory=memory, name=job.title)
 
 
 def _reference(attempt: Attempt) -> Any:
