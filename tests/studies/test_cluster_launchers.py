@@ -129,6 +129,20 @@ def test_jobs_of_an_earlier_call_are_taken_up_again(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+def test_a_process_that_has_only_just_started_is_alive(tmp_path: Path) -> None:
+    """For a moment after its start the system knows no command line of a process."""
+    launcher = SlurmLauncher(tmp_path, "local")
+    for _ in range(20):
+        with subprocess.Popen([sys.executable, "-S", "-c", "'submitit'; input()"], stdin=subprocess.PIPE) as process:
+            assert launcher._is_alive(str(process.pid))
+            assert process.stdin is not None
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and nobody has asked how
+            assert not launcher._is_alive(str(process.pid))
+        assert not launcher._is_alive(str(process.pid))
+
+
 def finish_slowly(folder: Path) -> None:
     time.sleep(1)
     finish(folder)

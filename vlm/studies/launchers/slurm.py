@@ -208,9 +208,12 @@ class SlurmLauncher(Launcher):
         if handle is not None:
             return not handle.done()
         try:  # started by an earlier call; another process may have its number by now
-            return b"submitit" in Path(f"/proc/{id}/cmdline").read_bytes()
+            command = Path(f"/proc/{id}/cmdline").read_bytes()
+            state = Path(f"/proc/{id}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return False
+        # Without a command line it has only just been started, or has ended (Z) and its parent has not looked yet.
+        return b"submitit" in command if command else state not in ("Z", "X")
 
 
 def _submitted(job: Job) -> str | None:
