@@ -173,3 +173,17 @@ def test_the_packaged_classifier_recognises_photos() -> None:
         with Image.open(PHOTOS / photo) as image, torch.inference_mode():
             best = int(model(transform(image.convert("RGB"))[None]).argmax())
         assert names[best].startswith(name), photo
+
+
+@pytest.mark.parametrize(
+    ("name", "num_blocks"),
+    [("test_vit.r160_in1k", 6), ("swin_tiny_patch4_window7_224.ms_in1k", 4), ("test_efficientnet.r160_in1k", 5)],
+)
+def test_blocks_are_those_that_the_features_pass_through(name: str, num_blocks: int) -> None:
+    encoder = TimmVision(name, pretrained=False)
+    passed: list[torch.nn.Module] = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda module, *_: passed.append(module))
+    with torch.no_grad():
+        encoder(_images(encoder, 1))
+    assert len(passed) == num_blocks and all(a is b for a, b in zip(passed, encoder.blocks, strict=True))

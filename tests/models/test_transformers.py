@@ -166,3 +166,12 @@ def test_the_packaged_encoder_finds_related_sentences_similar() -> None:
     # the numbers that sentence-transformers 6.2 gives for the same folder
     expected = torch.tensor([[1.0, 0.4594, -0.0021], [0.4594, 1.0, 0.0183], [-0.0021, 0.0183, 1.0]])
     torch.testing.assert_close(similarity, expected, atol=1e-4, rtol=0)
+
+
+def test_blocks_are_those_that_the_states_pass_through(folder: Path) -> None:
+    encoder = TransformersLanguage("small", pretrained=True, weights=folder)
+    passed: list[torch.nn.Module] = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda module, *_: passed.append(module))
+    encoder(*_texts())
+    assert len(passed) == 2 and all(a is b for a, b in zip(passed, encoder.blocks, strict=True))

@@ -49,6 +49,14 @@ class TimmVision(nn.Module):
         cls_token = getattr(self.model, "cls_token", None) is not None
         self.has_cls = bool(getattr(self.model, "has_class_token", cls_token))
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks, the first one first: those of a transformer, the stages of anything else."""
+        for name in ("blocks", "stages", "layers"):
+            if isinstance(found := getattr(self.model, name, None), nn.ModuleList | nn.Sequential):
+                return list(found)
+        raise UserError(f"timm's {type(self.model).__name__} has no blocks or stages that could be told apart")
+
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p d"]:
         features = self.model.forward_features(image)
         if not isinstance(features, Tensor):
