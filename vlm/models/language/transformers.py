@@ -61,7 +61,7 @@ class TransformersLanguage(nn.Module):
         lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
         if not lists:
             raise UserError(f"{type(self.model).__name__} has no list of blocks")
-        return list(max(lists, key=len))
+        return list(max(lists, key=lambda blocks: len(blocks)))
 
     def forward(self, text_ids: Int[Tensor, "n l"], text_mask: Bool[Tensor, "n l"]) -> Float[Tensor, "n l d"]:
         states = self.model(input_ids=text_ids, attention_mask=text_mask.to(text_ids.dtype)).last_hidden_state
