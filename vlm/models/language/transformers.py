@@ -58,10 +58,10 @@ class TransformersLanguage(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks, the first one first. Every encoder of the library has them as its longest list."""
-        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
+        lists = [list(module) for module in self.model.modules() if isinstance(module, nn.ModuleList)]
         if not lists:
             raise UserError(f"{type(self.model).__name__} has no list of blocks")
-        return list(max(lists, key=lambda blocks: len(blocks)))
+        return max(lists, key=len)
 
     def forward(self, text_ids: Int[Tensor, "n l"], text_mask: Bool[Tensor, "n l"]) -> Float[Tensor, "n l d"]:
         states = self.model(input_ids=text_ids, attention_mask=text_mask.to(text_ids.dtype)).last_hidden_state
