@@ -221,27 +221,25 @@ def _compose(options: argparse.Namespace) -> RunConfig:
 
 
 def _show(options: argparse.Namespace) -> None:
+    gc.disable()  # a short process, most of it imports, whose objects all stay
     config = _compose(options)
-
-    from rich.console import Console
-    from rich.syntax import Syntax
-    from rich.table import Table
 
     from vlm.bookkeeping import ledger_of, prepared_root
     from vlm.config import dump_yaml, fingerprint
     from vlm.parameter_counts import parameter_counts
 
-    console = Console()
-    if console.is_terminal:
-        console.print(Syntax(dump_yaml(config), "yaml", background_color="default", word_wrap=True))
-    else:
-        print(dump_yaml(config), end="")
-    counts = parameter_counts(config)
+    text, counts = dump_yaml(config), parameter_counts(config)
     try:
         header, *rows = ledger_of(config, prepared_root(config), max_read=MAX_READ_TO_SHOW).rows()
     except UserError as error:  # what the run would stop at is no reason not to show it
         header, rows = ["component", "seen"], [["any", f"not counted: {error}"]]
-    if console.is_terminal:
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.syntax import Syntax
+        from rich.table import Table
+
+        console = Console()
+        console.print(Syntax(text, "yaml", background_color="default", word_wrap=True))
         table = Table("component", title="parameters", title_justify="left")
         table.add_column("number", justify="right")
         for component, count in counts.items():
@@ -253,6 +251,7 @@ def _show(options: argparse.Namespace) -> None:
         console.print(seen)
         console.print(f"fingerprint [bold]{fingerprint(config)}[/bold]")
     else:  # comments, so that the output stays a YAML file
+        print(text, end="")
         for component, count in counts.items():
             print(f"# parameters {component}: {count:,}")
         for name, *cells in rows:

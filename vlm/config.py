@@ -163,12 +163,12 @@ def compose(
     if name is not None and not any((folder / f"{name}.yaml").is_file() for folder in folders):
         raise ConfigError(f"unknown config {name!r}. {did_you_mean(name, _options(folders, ''))}")
     choices, settings = _split_overrides(overrides, _groups(folders))
-    composed, files = _hydra_compose(name, choices, folders) if name is not None else (OmegaConf.create({}), [])
+    composed, files = _hydra_compose(name, choices, folders) if name is not None else (OmegaConf.create({}), list)
     for setting in settings:
         _apply(composed, setting, schema)
     tree = _resolve(composed)
     from_overrides = {setting.key for setting in settings}
-    return _validate(tree, schema, lambda path: _source_file(path, files, from_overrides))
+    return _validate(tree, schema, lambda path: _source_file(path, files(), from_overrides))
 
 
 class _NeedsOmegaConf(Exception):
@@ -430,8 +430,8 @@ class _ComposedFile:
 
 def _hydra_compose(
     name: str, choices: Sequence[Override], folders: Sequence[Path]
-) -> tuple[DictConfig, list[_ComposedFile]]:
-    """The composed tree and the files that it came from, in the order in which they were merged."""
+) -> tuple[DictConfig, Callable[[], list[_ComposedFile]]]:
+    """The composed tree, and for errors the files that it came from, in the order in which they were merged."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import ConfigCompositionException, MissingConfigException
@@ -460,7 +460,6 @@ def _hydra_compose(
                         arguments[key] = "+" + arguments[key]
                         continue
                     raise
-            merged = loader.compute_defaults_list(name, given, RunMode.RUN).defaults
     except MissingConfigException as error:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         known = did_you_mean(option, _options(folders, group))
@@ -470,12 +469,18 @@ def _hydra_compose(
     except (ConfigCompositionException, OmegaConfBaseException) as error:
         raise ConfigError(f"config {name!r}: {str(error).splitlines()[0]}") from None
     OmegaConf.set_struct(composed, False)
-    files = []
-    for default in merged:
-        found = [folder / f"{default.config_path}.yaml" for folder in folders]
-        found = [file for file in found if file.is_file()]
-        if found:
-            files.append(_ComposedFile(found[0], tuple(filter(None, (default.package or "").split(".")))))
+
+    @cache
+    def files() -> list[_ComposedFile]:
+        composed_files = []
+        for default in loader.compute_defaults_list(name, given, RunMode.RUN).defaults:
+            found = [folder / f"{default.config_path}.yaml" for folder in folders]
+            found = [file for file in found if file.is_file()]
+            if found:
+                package = tuple(filter(None, (default.package or "").split(".")))
+                composed_files.append(_ComposedFile(found[0], package))
+        return composed_files
+
     return composed, files
 
 
