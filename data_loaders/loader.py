@@ -160,14 +160,25 @@ class _Numbered(Dataset[Batch | _Failure]):
 class _Batches(DataLoader[Any]):
     """A loader that raises what stopped a worker, as one line."""
 
+    batches_of_step = 1
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # Lightning asks for no more than an iterator
-        return map(_batch_or_error, super().__iter__())
+        batches = map(_batch_or_error, super().__iter__())
+        return batches if self.batches_of_step == 1 else _by_step(batches, self.batches_of_step)
 
 
 def _batch_or_error(item: Batch | _Failure) -> Batch:
     if isinstance(item, _Failure):
         raise UserError(item.message)
     return item
+
+
+def _by_step(batches: Iterator[Batch], batches_of_step: int) -> Iterator[Batch]:
+    """The same batches; the first one of each step knows the others, which are read before it is handed over."""
+    while step := list(itertools.islice(batches, batches_of_step)):
+        step[0].later = tuple(step[1:])
+        while step:  # what has been trained on is let go
+            yield step.pop(0)
 
 
 class _Numbers(Sampler[int]):
@@ -193,17 +204,21 @@ def train_loader(
     world_size: int = 1,
     num_workers: int = 0,
     shuffle_shards: int | None = None,
+    batches_of_step: int = 1,
 ) -> DataLoader[Batch]:
     """Micro-batches `rank`, `rank + world_size`, ... of the run, `num_batches` a rank, from the `first_batch`-th on.
 
     A run that is resumed after `first_batch` batches sees exactly what it would have seen, and reads nothing of what
-    it has already consumed.
+    it has already consumed. `batches_of_step`: that many of this rank make an optimizer step, and the first of them
+    knows the others (`Batch.later`).
     """
     cuts = source.shard_cuts() if isinstance(source, ShardedSource) and shuffle_shards is not None else ()
     order = TrainOrder(len(source), batch_size, seed, cuts, shuffle_shards)
     numbers = range(rank, num_batches * world_size, world_size)
     dataset = _Numbered(source, order, seed, numbers.stop)
-    return _loader(dataset, _Numbers(numbers, first_batch), num_workers)
+    loader = _loader(dataset, _Numbers(numbers, first_batch), num_workers)
+    loader.batches_of_step = batches_of_step
+    return loader
 
 
 def evaluation_loader(
@@ -223,7 +238,7 @@ def evaluation_loader(
     return _loader(_Numbered(source, order, 0, numbers.stop), _Numbers(numbers, 0), num_workers)
 
 
-def _loader(dataset: _Numbered, sampler: _Numbers, num_workers: int) -> DataLoader[Batch]:
+def _loader(dataset: _Numbered, sampler: _Numbers, num_workers: int) -> _Batches:
     return _Batches(
         dataset,
         sampler=sampler,

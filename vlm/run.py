@@ -49,6 +49,7 @@ class TrainerConfig(Config):
 
     batch_size: PositiveInt = 256
     accumulate: PositiveInt = 1  # micro-batches of a step on each rank
+    loss_weighting: Literal["items", "micro_batches"] | None = None  # None becomes items where a step has several
     passes: PositiveFloat | None = None  # budget: passes over the supervised subset, or
     samples: PositiveInt | None = None  # budget: examples seen, whatever the subset's size
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto"  # bf16-mixed on a GPU
@@ -72,6 +73,19 @@ class TrainerConfig(Config):
     @property
     def micro_batch_size(self) -> int:
         return self.batch_size // (self.world_size * self.accumulate)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weigh_by_items(cls, given: Any) -> Any:
+        """A value of its own, so that runs of several micro-batches have another fingerprint than before it was there.
+
+        `micro_batches` is how they were weighed then, and how the reference paper's code weighs them: the loss of a
+        masked token depends on how many others its micro-batch has.
+        """
+        counts = [given.get(name, 1) for name in ("accumulate", "devices", "num_nodes")] if type(given) is dict else []
+        if any(count != 1 for count in counts) and given.get("loss_weighting") is None:
+            return given | {"loss_weighting": "items"}
+        return given
 
     @model_validator(mode="after")
     def _divides(self) -> TrainerConfig:
@@ -592,7 +606,9 @@ def _fit(
         world_size=world_size,
         num_workers=config.data.num_workers,
         shuffle_shards=config.data.shuffle_shards,
+        batches_of_step=options.accumulate,
     )
+    module.by_items = options.loss_weighting == "items"
     held_out = evaluation_loader(
         validation_source, options.evaluation_batch_size, rank, world_size, config.data.num_workers, even=True
     )

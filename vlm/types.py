@@ -93,6 +93,7 @@ class Batch:
     sources: tuple[Source, ...] = ()  # one a text
     damages: tuple[Damage, ...] = ()  # examples that others stand in for
     images_per_text: int = 1  # 2 for NLVR2, whose images lie as (first images, second images) along b
+    later: tuple[Batch, ...] = field(default=(), repr=False, compare=False)  # of the same step: of its first one only
 
 
 @dataclass(slots=True, eq=False)

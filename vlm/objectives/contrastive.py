@@ -39,6 +39,9 @@ class Contrastive(Objective):
         targets = {"words": ~batch.special_mask, "again": again} | ({} if rows is None else {"rows": rows})
         return View("apart", batch.text_ids, batch.text_mask, targets=targets)
 
+    def count(self, view: View) -> int:
+        return len(view.targets.get("rows", view.targets["words"]))
+
     def loss(self, view: View, encoded: Encoded) -> Loss:
         words = view.targets["words"].unsqueeze(-1)
         text = (cast(Tensor, encoded.text) * words).sum(1) / words.sum(1).clamp(min=1)

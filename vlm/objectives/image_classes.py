@@ -27,6 +27,9 @@ class ImageClasses(Objective):
         assert batch.targets is not None
         return View("image", targets={"classes": batch.targets})
 
+    def count(self, view: View) -> int:
+        return len(view.targets["classes"])
+
     def loss(self, view: View, encoded: Encoded) -> Loss:
         assert encoded.image is not None
         logits, classes = self.head(encoded.image[:, 0]).float(), view.targets["classes"]

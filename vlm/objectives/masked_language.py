@@ -109,6 +109,9 @@ class MaskedLanguage(Objective):
             own = torch.arange(len(masked), device=masked.device)
         return View("pair", masked, batch.text_mask, image_index=own, targets=targets)
 
+    def count(self, view: View) -> int:
+        return len(view.targets["ids"])
+
     def loss(self, view: View, encoded: Encoded) -> Loss:
         assert encoded.text is not None
         logits = self.head(encoded.text[view.targets["predicted"]])

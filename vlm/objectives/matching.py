@@ -57,6 +57,9 @@ class Matching(Objective):
         masked = next(other for other in others.values() if other.kind == "pair" and "predicted" in other.targets)
         return replace(view, text_ids=masked.text_ids)
 
+    def count(self, view: View) -> int:
+        return len(view.targets["matched"])
+
     def loss(self, view: View, encoded: Encoded) -> Loss:
         logits, matched = self.head(encoded.pooled).float(), view.targets["matched"].long()
         if not len(matched):  # no text in the batch; a mean over nothing would poison the weights

@@ -15,7 +15,14 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def view(self, batch: Batch) -> View:
-        """What this objective wants encoded. Random choices come from torch's global generator."""
+        """What this objective wants encoded. Random choices come from torch's global generator.
+
+        Where several micro-batches make a step it is asked twice with the same draws, so it changes nothing of its own.
+        """
+
+    @abstractmethod
+    def count(self, view: View) -> int:
+        """How many items the loss of this view will be the mean of: `Loss.count`, before anything is encoded."""
 
     def beside(self, view: View, others: Mapping[str, View]) -> View:
         """The view once all objectives have said what they want, by their names: for what one takes from another."""

@@ -74,7 +74,12 @@ class Finetuning(TrainingModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, accuracy = self.loss_of(self.logits_of(batch), cast(Tensor, batch.targets))
         self.log_train({"loss": loss.detach(), "accuracy": 100 * accuracy}, len(batch.keys))
-        return loss
+        return loss * self.share("answers", self.items_of(batch)["answers"], batch_idx)
+
+    def items_of(self, batch: Batch) -> dict[str, int]:
+        """Questions; those without an answer of the vocabulary are in no cross-entropy."""
+        targets = cast(Tensor, batch.targets)
+        return {"answers": len(targets) if self.multi_label else int((targets != -100).sum())}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss, accuracy = self.loss_of(self.logits_of(batch), cast(Tensor, batch.targets))

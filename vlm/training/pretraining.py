@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import get_args
 
 import torch
@@ -13,7 +14,7 @@ from vlm.models.vision_language import VisionLanguageModel
 from vlm.objectives.objective import Objective
 from vlm.training.module import TrainingModule
 from vlm.training.optimizer import OptimizerConfig
-from vlm.types import Batch, Loss, Source
+from vlm.types import Batch, Loss, Source, View
 
 
 class Pretraining(TrainingModule):
@@ -38,14 +39,20 @@ class Pretraining(TrainingModule):
         self.objectives = nn.ModuleDict(dict(objectives))
         self.weights = dict(weights)
 
-    def losses_of(self, batch: Batch, by_source: bool = False, training: bool = False) -> dict[str, Tensor]:
+    def losses_of(
+        self,
+        batch: Batch,
+        by_source: bool = False,
+        training: bool = False,
+        share: Callable[[str, int], float] = lambda name, count: 1.0,
+    ) -> dict[str, Tensor]:
         """Every objective's loss and figures by name, and `loss`, the weighted sum.
 
         `by_source` adds those figures for each source that the batch holds. While `training` an objective without
         anything to predict is left out; else it is 0, so that all ranks have the same names, and weighs nothing.
+        `share`: a further factor in the sum, from an objective's name and the number of its items.
         """
-        views = {name: objective.view(batch) for name, objective in self._named()}
-        views = {name: objective.beside(views[name], views) for name, objective in self._named()}
+        views = self.views_of(batch)
         encoded = self.model.encode(batch.image, list(views.values()))
         values: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)
@@ -56,12 +63,22 @@ class Pretraining(TrainingModule):
                 values |= {f"{name}/{figure}": value for figure, value in loss.figures.items()}
             if by_source:
                 values |= _by_source(name, loss, batch)
-            total = total + self.weights[name] * loss.value
+            total = total + self.weights[name] * share(name, loss.count) * loss.value
         return values | {"loss": total}
+
+    def views_of(self, batch: Batch) -> dict[str, View]:
+        """What each objective wants encoded, by its name."""
+        views = {name: objective.view(batch) for name, objective in self._named()}
+        return {name: objective.beside(views[name], views) for name, objective in self._named()}
+
+    def items_of(self, batch: Batch) -> dict[str, int]:
+        views = self.views_of(batch)
+        return {name: objective.count(views[name]) for name, objective in self._named()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # a connector of Lightning sets it
-        values = self.losses_of(batch, by_source=self.is_mixture and is_logged, training=True)
+        share = partial(self.share, batch_idx=batch_idx)
+        values = self.losses_of(batch, by_source=self.is_mixture and is_logged, training=True, share=share)
         if is_logged and batch.sources:
             shares = {source: batch.sources.count(source) / len(batch.sources) for source in get_args(Source)}
             values |= {f"share/{source}": values["loss"].new_tensor(share) for source, share in shares.items()}
