@@ -16,7 +16,15 @@ ROOT = Path(__file__).parent.parent
 # A module belongs to the entry that names it most closely, and may import what stands before it or beside it.
 LAYERS = (
     ("vlm.types", "vlm.errors", "vlm.config", "vlm.records", "vlm.locks", "vlm.ray_cluster"),
-    ("vlm.models", "vlm.objectives", "vlm.supervision", "vlm.tasks", "vlm.metrics", "vlm.training.optimizer"),
+    (
+        "vlm.models",
+        "vlm.objectives",
+        "vlm.supervision",
+        "vlm.tasks",
+        "vlm.metrics",
+        "vlm.training.optimizer",
+        "vlm.weights",
+    ),
     ("data_loaders",),
     ("vlm.run",),
     (
@@ -27,7 +35,11 @@ LAYERS = (
         "vlm.studies",
         "vlm.scoring",
         "vlm.labelling",
+        "vlm.exports",
+        "vlm.exporting",
+        "vlm.model_card",
         "vlm.hub",
+        "vlm.features",
     ),
     ("vlm", "vlm.cli"),
 )

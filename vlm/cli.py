@@ -160,6 +160,15 @@ def _parser() -> argparse.ArgumentParser:
     label.add_argument("--address", metavar="HOST:PORT", help="of a running Ray cluster (default: one is started here)")
     label.add_argument("--workers", type=int, metavar="N", help="of the cluster (default: its GPUs, else its cores)")
 
+    export = verb("export", _export, "Write a trained model as one folder that describes itself, for anyone to load.")
+    export.add_argument("run", metavar="RUN", help="a run's folder, a checkpoint inside one, or an exported folder")
+    export.add_argument("folder", type=Path, metavar="DIR", help="an earlier export there is replaced")
+    export.add_argument(
+        "--encoders", action="store_true", help="write the two encoders alone, for timm and for transformers"
+    )
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to the hub as well")
+    export.add_argument("--private", action="store_true", help="with --push: a repository that others do not see")
+
     for each in (show, train, evaluate, study, plan, compare, prepare, label):
         each.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as seed=3 or data=world")
     return parser
@@ -385,6 +394,23 @@ def _score(options: argparse.Namespace) -> None:
         report(scoring, options.json, options.resamples, options.seed)
     finally:
         gc.enable()
+
+
+def _export(options: argparse.Namespace) -> None:
+    if options.private and options.push is None:
+        raise UserError("--private belongs to --push")
+    if options.encoders and options.push is not None:
+        raise UserError("--encoders: writes folders of other libraries; push them with those")
+    from vlm.exporting import export, export_encoders
+    from vlm.hub import load, push
+
+    if options.encoders:
+        for folder in export_encoders(load(options.run), options.folder):
+            print(folder)
+        return
+    print(export(options.run, options.folder))
+    if options.push is not None:
+        print(push(options.folder, options.push, options.private))
 
 
 def _label(options: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from vlm.tasks import TaskConfig
 from vlm.training.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from data_loaders.images import Images
     from data_loaders.loader import BatchSource
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 CONFIG, INPUTS, RESULT, TOKENIZER = "config.yaml", "inputs.json", "result.json", "tokenizer.json"
 LAST, BEST = "last.ckpt", "best.ckpt"
 PROGRESS = "progress.json"  # of the training, for whoever watches
+EXPORT = "export.json"  # marks what `vlm export` wrote
 
 
 class TrainerConfig(Config):
@@ -228,9 +229,17 @@ def build_model(config: RunConfig) -> VisionLanguageModel:
 
 
 def read_checkpoint(run: Path, name: str | None = None) -> dict[str, Any]:
-    """A run's checkpoint, by default the one it hands on: weights and plain values only, never unpickled code."""
+    """A run's checkpoint, by default the one it hands on: weights and plain values only, never unpickled code.
+
+    An exported run (`vlm export`) holds one set of weights, which is given whatever the name.
+    """
     import torch
 
+    if (run / EXPORT).is_file():
+        from vlm.exports import open_export
+
+        exported = open_export(run)
+        return {"state_dict": exported.states(), "answers": list(exported.answers())}
     if name is None:
         result = json.loads((run / RESULT).read_text()) if (run / RESULT).is_file() else {}
         name = Path(result.get("checkpoint") or LAST).name  # an evaluation alone has none; nothing outside the folder
@@ -245,17 +254,9 @@ def read_checkpoint(run: Path, name: str | None = None) -> dict[str, Any]:
 
 def load_component(module: nn.Module, run: Path, prefix: str) -> None:
     """Fill `module` with the weights under `prefix` of another run. All names and shapes must agree."""
+    from vlm.weights import fill
+
     fill(module, read_checkpoint(run)["state_dict"], prefix, run)
-
-
-def fill(module: nn.Module, states: dict[str, Tensor], prefix: str, run: Path) -> None:
-    """Fill `module` with the entries of `states` under `prefix`, which came from `run`."""
-    own = {name.removeprefix(f"{prefix}."): value for name, value in states.items() if name.startswith(f"{prefix}.")}
-    try:
-        module.load_state_dict(own)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"{run}: its {prefix} does not fit this config's ({first})") from None
 
 
 def image_transform(config: RunConfig, model: VisionLanguageModel, training: bool) -> ImageTransform:
@@ -573,6 +574,8 @@ def _refuse_other_inputs(folder: Path, inputs: dict[str, str]) -> None:
 
 def resume(folder: Path) -> Path:
     """Continue the run of this folder to its end."""
+    if (folder / EXPORT).is_file():
+        raise UserError(f"{folder}: an exported run, which cannot be resumed. Start from it: start_from={folder}")
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no run here ({CONFIG} is missing)")
     config = load_yaml(folder / CONFIG, RunConfig)

@@ -76,6 +76,17 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{file}: not a tokenizer ({error})") from None
 
+    def plain(self) -> tokenizers.Tokenizer:
+        """A copy of the library's own tokenizer, which neither cuts nor pads."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    def special_ids(self) -> dict[str, int]:
+        """The ids of the special tokens, by the names that the transformers library has for them."""
+        return {"pad": self.pad_id, "cls": self.cls_id, "sep": self.sep_id, "mask": self.mask_id}
+
     def save(self, file: Path) -> None:
         file.write_text(self.backend.to_str(pretty=True))
 

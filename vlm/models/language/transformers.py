@@ -146,7 +146,8 @@ def _place(name: str, weights: Path | str | None) -> str | Path:
 
 
 def _locality(place: str | Path) -> dict[str, bool]:
-    return {"local_files_only": True} if isinstance(place, Path) else {}
+    """A folder is never looked for on the hub, and code that comes with a model is never run: no question is asked."""
+    return {"trust_remote_code": False} | ({"local_files_only": True} if isinstance(place, Path) else {})
 
 
 def _package_folder(package: str) -> Path:
