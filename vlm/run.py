@@ -253,10 +253,12 @@ def read_checkpoint(run: Path, name: str | None = None) -> dict[str, Any]:
 
 
 def load_component(module: nn.Module, run: Path, prefix: str) -> None:
-    """Fill `module` with the weights under `prefix` of another run. All names and shapes must agree."""
-    from vlm.weights import fill
+    """Fill `module` with the weights under `prefix` of another run. All names and shapes must agree, but for adapters."""
+    from vlm.models.adaptation import fit_adapters
+    from vlm.weights import fill, under
 
-    fill(module, read_checkpoint(run)["state_dict"], prefix, run)
+    states = fit_adapters(under(read_checkpoint(run)["state_dict"], prefix), module.state_dict())
+    fill(module, {f"{prefix}.{name}": value for name, value in states.items()}, prefix, run)
 
 
 def image_transform(config: RunConfig, model: VisionLanguageModel, training: bool) -> ImageTransform:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from vlm.config import Config
+from vlm.models.adaptation import adapt
 from vlm.models.fusion import CoAttentionConfig, FusionConfig
 from vlm.models.language import LanguageConfig, TransformersLanguageConfig
 from vlm.models.vision import TimmVisionConfig, VisionConfig
@@ -25,5 +26,11 @@ class ModelConfig(Config):
         """The model with fresh or pretrained encoders and a fresh fusion; `weights` of other runs are not yet in."""
         from vlm.models.vision_language import VisionLanguageModel
 
-        frozen = frozenset(name for name in ("vision", "language") if getattr(getattr(self, name), "frozen", False))
-        return VisionLanguageModel(self.vision.build(), self.language.build(), self.fusion.build(), frozen, self.pooler)
+        frozen = frozenset(name for name in ("vision", "language") if getattr(self, name).frozen)
+        model = VisionLanguageModel(
+            self.vision.build(), self.language.build(), self.fusion.build(), frozen, self.pooler
+        )
+        # Last, so that the random weights of the rest are the same with adapters and without.
+        model.resting += adapt(model.vision, self.vision, "vision")
+        model.resting += adapt(model.language, self.language, "language")
+        return model

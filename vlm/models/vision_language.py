@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
+from vlm.models.adaptation import Depth, depths_of
 from vlm.models.heads import PairPooler, PairStates
 from vlm.models.transformer import initialise
 from vlm.types import Encoded, View
@@ -44,15 +45,20 @@ class VisionLanguageModel(nn.Module):
         self.register_buffer("pixel_mean", 255 * mean, persistent=False)
         self.register_buffer("pixel_std", 255 * std, persistent=False)
         self.frozen = frozen  # of "vision", "language"
-        for name in frozen:
-            getattr(self, name).requires_grad_(False)
+        # What of the encoders stays in evaluation mode; a list, so that nothing is registered twice.
+        self.resting: list[nn.Module] = [getattr(self, name).requires_grad_(False) for name in sorted(frozen)]
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
-        """Frozen encoders stay in evaluation mode: no dropout, no moving statistics."""
+        """Frozen encoders, and frozen parts of them, stay in evaluation mode: no dropout, no moving statistics."""
         super().train(mode)
-        for name in self.frozen:
-            getattr(self, name).eval()
+        for part in self.resting:
+            part.eval()
         return self
+
+    def depths(self) -> dict[str, Depth]:
+        """Where each parameter of the encoders stands in its encoder."""
+        encoders = {"vision": self.vision, "language": self.language}
+        return {f"{n}.{own}": d for n, encoder in encoders.items() for own, d in depths_of(encoder, n).items()}
 
     def encode_image(self, image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b p dv"]) -> Float[Tensor, "b p dv"]:
         """States of the vision encoder alone. Pixels are bytes and are normalised here, on the device.

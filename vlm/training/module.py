@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data_loaders.loader import step_seed
+from vlm.models.adaptation import Depth
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.training.optimizer import OptimizerConfig, matrices
 from vlm.types import Batch
@@ -31,10 +32,13 @@ class TrainingModule(lightning.LightningModule):
         self.by_items = False  # whether the micro-batches of a step weigh as much as they have items
         self._items: list[dict[str, int]] = []  # of the step's micro-batches on this rank, for each loss
         self._items_of_step: dict[str, int] = {}  # of all ranks
+        self.depths: dict[str, Depth] = {}
 
     def setup(self, stage: str) -> None:
-        """What a sharding strategy hides later: which parameters are matrices."""
+        """What a sharding strategy hides later: which parameters are matrices, and how deep they lie."""
         self.decaying = matrices(self.named_parameters())
+        if self.optimizer_config.layer_decay != 1:
+            self.depths = {f"model.{name}": depth for name, depth in self.model.depths().items()}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.by_items and batch_idx % self.trainer.accumulate_grad_batches == 0:
@@ -89,7 +93,7 @@ class TrainingModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         decaying = self.decaying or matrices(self.named_parameters())
-        groups = self.optimizer_config.parameter_groups(self.named_parameters(), decaying)
+        groups = self.optimizer_config.parameter_groups(self.named_parameters(), decaying, self.depths)
         optimizer = torch.optim.AdamW(groups, betas=self.optimizer_config.betas, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optimizer_config.rate_factor(self.num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

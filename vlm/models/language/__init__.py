@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from vlm.config import Config, CustomConfig, RunReference
+from vlm.config import CustomConfig, RunReference
+from vlm.models.adaptation import EncoderConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from vlm.models.language.tokenizer import Tokenizer
 
 
-class TinyLanguageConfig(Config):
+class TinyLanguageConfig(EncoderConfig):
     """Our own small text encoder (`tiny.py`), over whole words of the data's unpaired texts."""
 
     type: Literal["tiny"] = "tiny"
@@ -25,7 +26,6 @@ class TinyLanguageConfig(Config):
     vocabulary_size: PositiveInt = 256
     max_tokens: PositiveInt = 32
     weights: RunReference | None = None  # a run folder whose language encoder and tokenizer are taken
-    frozen: bool = False
 
     def build(self) -> nn.Module:
         from vlm.models.language.tiny import TinyLanguage
@@ -41,7 +41,7 @@ class TinyLanguageConfig(Config):
         return Tokenizer.from_words(texts, self.vocabulary_size, self.max_tokens)
 
 
-class TransformersLanguageConfig(Config):
+class TransformersLanguageConfig(EncoderConfig):
     """Any transformers encoder (`transformers.py`). `weights`: a folder, a run folder, or `package:IMPORT_NAME`.
 
     `tokenizer`: the model's own, or `words` for an encoder that starts from nothing: the whole words of the data's
@@ -53,7 +53,6 @@ class TransformersLanguageConfig(Config):
     pretrained: bool = True
     weights: RunReference | None = None
     max_tokens: PositiveInt = 50  # METER's length, arXiv 2111.02387, appendix
-    frozen: bool = False
     tokenizer: Literal["published", "words"] = "published"
 
     @model_validator(mode="after")
@@ -77,7 +76,7 @@ class TransformersLanguageConfig(Config):
         return Tokenizer(load_tokenizer(self.name, self.weights), self.max_tokens)
 
 
-class CustomLanguageConfig(CustomConfig):
+class CustomLanguageConfig(CustomConfig, EncoderConfig):
     """A class from outside. `build_tokenizer(texts, max_tokens)` is to be a static method of it."""
 
     max_tokens: PositiveInt = 50

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from vlm.config import Config, CustomConfig, RunReference
+from vlm.config import CustomConfig, RunReference
+from vlm.models.adaptation import EncoderConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class TinyVisionConfig(Config):
+class TinyVisionConfig(EncoderConfig):
     """Our own small ViT (`tiny.py`), trained from nothing or from another run's `weights`."""
 
     type: Literal["tiny"] = "tiny"
@@ -25,7 +26,6 @@ class TinyVisionConfig(Config):
     patch_size: PositiveInt = 16
     image_pixels: PositiveInt = 48
     weights: RunReference | None = None  # a run folder whose vision encoder is taken
-    frozen: bool = False
 
     def build(self) -> nn.Module:
         from vlm.models.vision.tiny import TinyVision
@@ -33,7 +33,7 @@ class TinyVisionConfig(Config):
         return TinyVision(self.width, self.depth, self.num_heads, self.patch_size, self.image_pixels)
 
 
-class TimmVisionConfig(Config):
+class TimmVisionConfig(EncoderConfig):
     """Any timm model with features (`timm.py`). `weights`: a file, a run folder, or `package:IMPORT_NAME`."""
 
     type: Literal["timm"] = "timm"
@@ -41,7 +41,6 @@ class TimmVisionConfig(Config):
     pretrained: bool = True
     weights: RunReference | None = None
     image_pixels: PositiveInt | None = None  # None: the size the model was pretrained at
-    frozen: bool = False
 
     def build(self) -> nn.Module:
         from vlm.models.vision.timm import TimmVision
@@ -49,4 +48,8 @@ class TimmVisionConfig(Config):
         return TimmVision(self.name, self.pretrained, self.image_pixels, self.weights)
 
 
-VisionConfig = Annotated[TinyVisionConfig | TimmVisionConfig | CustomConfig, Field(discriminator="type")]
+class CustomVisionConfig(CustomConfig, EncoderConfig):
+    """A class from outside. What adapts an encoder asks it for `blocks`."""
+
+
+VisionConfig = Annotated[TinyVisionConfig | TimmVisionConfig | CustomVisionConfig, Field(discriminator="type")]
