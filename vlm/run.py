@@ -253,7 +253,7 @@ def read_checkpoint(run: Path, name: str | None = None) -> dict[str, Any]:
 
 
 def load_component(module: nn.Module, run: Path, prefix: str) -> None:
-    """Fill `module` with the weights under `prefix` of another run. All names and shapes must agree, but for adapters."""
+    """Fill `module` with the weights under `prefix` of another run. Names and shapes must agree, but for adapters."""
     from vlm.models.adaptation import fit_adapters
     from vlm.weights import fill, under
 
