@@ -169,6 +169,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to the hub as well")
     export.add_argument("--private", action="store_true", help="with --push: a repository that others do not see")
 
+    features = verb("features", _features, "Encode a folder of images with a trained model's vision encoder.")
+    features.add_argument("model", metavar="MODEL", help="a run, a checkpoint, an exported folder, or OWNER/NAME")
+    features.add_argument("images", type=Path, metavar="IMAGES", help="a folder of images, in any subfolders")
+    features.add_argument("--out", type=Path, metavar="FILE", required=True, help="a .parquet or .safetensors file")
+    features.add_argument("--pool", choices=("cls", "mean"), default="cls", help="of the states (default: cls)")
+    features.add_argument("--damaged", choices=("stop", "skip"), default="stop", help="at an image that is damaged")
+    features.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default 32)")
+    features.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")
+
     for each in (show, train, evaluate, study, plan, compare, prepare, label):
         each.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as seed=3 or data=world")
     return parser
@@ -411,6 +420,17 @@ def _export(options: argparse.Namespace) -> None:
     print(export(options.run, options.folder))
     if options.push is not None:
         print(push(options.folder, options.push, options.private))
+
+
+def _features(options: argparse.Namespace) -> None:
+    if options.out.suffix not in (".parquet", ".safetensors"):
+        raise UserError(f"--out {options.out}: must end in .parquet or .safetensors")
+    from vlm.features import write_features
+    from vlm.hub import load
+
+    model = load(options.model, device=options.device)
+    count = write_features(model, options.images, options.out, options.pool, options.batch_size, options.damaged)
+    print(f"{count:,} images: {options.out}")
 
 
 def _label(options: argparse.Namespace) -> None:

@@ -156,7 +156,7 @@ def take_what_fits(
         if problem is not None:
             raise UserError(
                 f"{source}: {problem}. Build the model with the same sizes as there, or leave it as it is here with "
-                f"skip=[{name.rpartition('.')[0] or name!r}]"
+                f"skip=[{_component(name)!r}]"
             )
     if not shared:
         raise UserError(f"{source}: no tensor of it has the name of one here. It is another model")

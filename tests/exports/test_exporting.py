@@ -13,6 +13,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_runs import rewrite_manifest
 
 import vlm
 from vlm.cli import main
@@ -235,23 +236,21 @@ def test_what_is_no_model_is_one_line(tmp_path: Path, finetuned_export: Path) ->
             vlm.load(path)
 
 
-def rewrite_manifest(folder: Path) -> None:
-    """As a stranger would who changes files on purpose."""
-    import hashlib
-
-    manifest = json.loads((folder / "export.json").read_text())
-    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    manifest["files"] = {
-        name: {
-            "bytes": (folder / name).stat().st_size,
-            "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
-        }
-        for name in names
-        if name not in ("export.json", "README.md")
-    }
-    (folder / "export.json").write_text(json.dumps(manifest))
-
-
 def test_loading_imports_no_trainer(finetuned_export: Path) -> None:
     code = f"import sys, vlm\nvlm.load({str(finetuned_export)!r})\nassert 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("version", [1])
+def test_an_export_of_an_earlier_format_gives_the_same_numbers_for_ever(version: int) -> None:
+    folder = Path(__file__).parent / f"format-{version}"
+    expected = json.loads((folder / "expected.json").read_text())
+    scenes = [Image.new("RGB", (60, 40), color) for color in ("red", "blue")]
+    pretrained, finetuned = (vlm.load(folder / name) for name in ("pretrained", "finetuned"))
+    assert pretrained.match(scenes, "a red circle").tolist() == pytest.approx(expected["match"], abs=1e-5)
+    filled = pretrained.fill_mask(scenes, "a [MASK] circle", top=3)
+    assert [mask for one in filled for mask in one] == [
+        pytest.approx(m, abs=1e-5) for o in expected["fill_mask"] for m in o
+    ]
+    answers = finetuned.answer(scenes, "what color is the circle?", top=3)
+    assert answers == [pytest.approx(one, abs=1e-5) for one in expected["answer"]]
