@@ -23,7 +23,7 @@ def parameter_counts(config: RunConfig) -> dict[str, int]:
     names = [getattr(part, "name", None) for part in parts]
     if any(isinstance(part, CustomConfig) for part in parts) or any(name and Path(name).exists() for name in names):
         return count_parameters(config)
-    file = cache_folder() / "parameters" / f"{fingerprint(model)}-{_code()}.json"
+    file = cache_folder() / "parameters" / f"{fingerprint(model)}-{code_of_models()}.json"
     with contextlib.suppress(OSError, ValueError):
         told = json.loads(file.read_text())
         if isinstance(told, dict) and all(type(count) is int for count in told.values()):
@@ -35,7 +35,7 @@ def parameter_counts(config: RunConfig) -> dict[str, int]:
     return counts
 
 
-def _code() -> str:
+def code_of_models() -> str:
     """8 hex digits that change with the libraries and with the code of the models."""
     marks = []
     for name in COUNTED_BY:

@@ -18,6 +18,7 @@ from vlm.config import Config, CustomConfig, RunReference, dump_yaml, fingerprin
 from vlm.errors import UserError
 from vlm.locks import only_process
 from vlm.models import ModelConfig
+from vlm.models.adaptation import EncoderConfig
 from vlm.objectives import ImageClassesConfig, MaskedLanguageConfig, MatchingConfig, ObjectiveConfig
 from vlm.supervision import SupervisionConfig
 from vlm.supervision.ledger import DeclaredConfig
@@ -25,9 +26,9 @@ from vlm.tasks import TaskConfig
 from vlm.training.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from data_loaders.images import Images
+    from data_loaders.images import DecodedImages, Images
     from data_loaders.loader import BatchSource
     from data_loaders.transforms import ImageTransform
     from vlm.models.language.tokenizer import Tokenizer
@@ -63,6 +64,7 @@ class TrainerConfig(Config):
     devices: PositiveInt = 1
     num_nodes: PositiveInt = 1
     frozen_states_gib: NonNegativeFloat = not_identity(2.0)  # memory for the states of a frozen vision encoder
+    frozen_states_disk_gib: NonNegativeFloat = not_identity(0.0)  # for those of all runs, in the cache folder; 0: none
     strategy: str = not_identity("auto")  # Lightning's names: ddp, fsdp, ddp_find_unused_parameters_true, ...
     progress: bool = not_identity(True)
     log_every_steps: PositiveInt = not_identity(20, gt=0)
@@ -446,37 +448,85 @@ def encode_frozen_images(config: RunConfig, model: VisionLanguageModel, source: 
     """Give `source` the states of its images in place of their pixels, where the vision encoder never changes.
 
     Only where images are seen twice or more and all states fit `trainer.frozen_states_gib`: a step then neither
-    decodes nor encodes an image. Every rank encodes all of them for itself.
+    decodes nor encodes an image. Every rank encodes all of them for itself. With `trainer.frozen_states_disk_gib` they
+    are kept on disk instead, in 32 bits as they are computed, for all ranks and later runs.
+
+    Texts are encoded at every step: their masks differ from step to step, and of a fine-tuning's step the language
+    encoder is a small part.
     """
     import torch
     from rich.progress import track
 
-    from data_loaders.images import EncodedImages, GreyImages
+    from data_loaders.images import DecodedImages, EncodedImages, GreyImages
 
     options = config.trainer
     if "vision" not in model.frozen or config.data.augmentation != "none" or not hasattr(source, "image_keys"):
         return
     keys = source.image_keys()
     images_per_text = getattr(task_of(config), "images_per_text", 1)
-    if num_steps * options.batch_size * images_per_text < 2 * len(keys):
+    is_known = isinstance(source.images, DecodedImages) and not isinstance(config.model.vision, CustomConfig)
+    on_disk = options.frozen_states_disk_gib > 0 and is_known
+    num_seen = num_steps * options.batch_size * images_per_text
+    if num_steps == 0 or num_seen < len(keys) * (1 if on_disk else 2):
         return
     on_gpu = torch.cuda.is_available() and options.accelerator != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     model.to(device).train()
-    limit = int(options.frozen_states_gib * 2**30)
+
+    def encoder(pixels: Tensor) -> Tensor:
+        return model.encode_image(pixels.to(device))
+
+    named: dict[str, Any] = {
+        "shown": partial(track, description="encoding images", disable=not options.progress),
+        "skip_damaged": config.data.damaged == "skip",
+    }
     with torch.no_grad():
-        encoded = EncodedImages.encode(
-            source.images,
-            keys[:1] if isinstance(source.images, GreyImages) else keys,
-            lambda pixels: model.encode_image(pixels.to(device)),
-            limit,
-            shown=partial(track, description="encoding images", disable=not options.progress),
-            skip_damaged=config.data.damaged == "skip",
-        )
+        if on_disk:
+            from data_loaders.cache import cache_folder
+            from data_loaders.states import StateStore
+
+            store = StateStore(cache_folder() / "states", _states_identity(config, model, source.images, device.type))
+            limit = int(options.frozen_states_disk_gib * 2**30)
+            stored = store.encode(source.images, keys, encoder, limit, **named)
+            if stored is not None:
+                source.images = stored
+                return
+            if num_seen < 2 * len(keys):
+                return
+        limit = int(options.frozen_states_gib * 2**30)
+        wanted = keys[:1] if isinstance(source.images, GreyImages) else keys
+        encoded = EncodedImages.encode(source.images, wanted, encoder, limit, **named)
     if encoded is not None:
         if isinstance(source.images, GreyImages):
             encoded.rows = dict.fromkeys(keys, 0)
         source.images = encoded
+
+
+def _states_identity(config: RunConfig, model: VisionLanguageModel, images: DecodedImages, device: str) -> Any:
+    """All that the states of a frozen encoder depend on, beside the keys of the images."""
+    import importlib.metadata
+
+    import torch
+
+    from vlm.parameter_counts import code_of_models
+
+    weights = hashlib.sha256()
+    for name, tensor in model.vision.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    come_from = {"weights", "pretrained"}
+    learn = set(EncoderConfig.model_fields)
+    transform = images.transform
+    return {
+        "encoder": config.model.vision.model_dump(mode="json", exclude=come_from | learn),
+        "weights": weights.hexdigest(),
+        "data": images.reader.index.fingerprint,
+        "missing": hashlib.sha256("\n".join(sorted(images.missing)).encode()).hexdigest(),
+        "transform": [transform.image_pixels, transform.interpolation, transform.decode],
+        "code": code_of_models(),
+        "decoders": {name: importlib.metadata.version(name) for name in ("torchvision", "pillow", "simplejpeg")},
+        "device": device,
+    }
 
 
 # --- From objects to steps and numbers -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import vlm
 from data_loaders import FolderData
-from vlm.config import compose, dump_yaml
+from vlm.config import compose, dump_yaml, fingerprint
 from vlm.errors import UserError
 from vlm.run import BEST, CONFIG, LAST, RESULT, RunConfig, read_checkpoint, train
 from vlm.scoring.nlvr2 import read_labels
@@ -315,3 +315,27 @@ def test_states_of_a_frozen_encoder_give_the_weights_that_its_pixels_give(
     frozen = ("model.vision.frozen=true", "trainer.samples=160", "trainer.select=last", *options)
     folders = [train(make_config(name, *frozen, f"trainer.frozen_states_gib={gib}", folder=f"{gib}")) for gib in (0, 1)]
     assert_same_weights(*folders, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), [("pretrain", ()), ("finetune", ("task=nlvr2",))])
+def test_states_on_disk_give_the_losses_that_pixels_give_and_later_runs_find_them(
+    make_config: MakeConfig, name: str, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = ("model.vision.frozen=true", "trainer.samples=160", "trainer.select=last", *options)
+    frozen = (*frozen, "trainer.frozen_states_gib=0", "trainer.log_every_steps=1")
+    pixels = train(make_config(name, *frozen, folder="pixels"))
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    files: list[set[str]] = []
+    for folder in ("first", "again"):
+        cached = make_config(name, *frozen, "trainer.frozen_states_disk_gib=1", folder=folder)
+        assert fingerprint(cached) == fingerprint(make_config(name, *frozen))
+        train(cached)
+        files.append({str(file) for file in (tmp_path / "cache" / "states").rglob("*.safetensors")})
+        torch.testing.assert_close(
+            torch.tensor(logged(cached.run_folder, "train/loss")),
+            torch.tensor(logged(pixels, "train/loss")),
+            atol=1e-5,
+            rtol=1e-5,
+        )
+    assert files[0] == files[1] != set()
+    assert_same_weights(tmp_path / "first", tmp_path / "again")
