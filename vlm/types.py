@@ -84,7 +84,7 @@ class Batch:
     """
 
     keys: tuple[str, ...]
-    image: UInt8[Tensor, "b c h w"] | Float[Tensor, "b p d"] | None = None
+    image: UInt8[Tensor, "b c h w"] | Float[Tensor, "b *k p d"] | None = None
     text_ids: Int[Tensor, "b l"] | None = None
     text_mask: Bool[Tensor, "b l"] | None = None  # True at real tokens
     special_mask: Bool[Tensor, "b l"] | None = None  # True at CLS, SEP and padding: never masked out for prediction
@@ -114,7 +114,10 @@ class View:
 
 @dataclass(slots=True)
 class Encoded:
-    """Final states of one view: of width d of the encoder alone, or of the fusion's for "apart" and "pair"."""
+    """Final states of one view: of width d of the encoder alone, or of the fusion's for "apart" and "pair".
+
+    A fusion may hand back other image states than it got, as many as it learned queries or latents for.
+    """
 
     text: Float[Tensor, "n l d"] | None = None
     image: Float[Tensor, "n p d"] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -33,6 +33,9 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         width = int(cast(int, fusion.width))
         self.width = width
+        self.num_encoder_layers = int(cast(int, getattr(fusion, "num_encoder_layers", 0)))
+        if self.num_encoder_layers:
+            _refuse_missing_layers({"vision": vision, "language": language}, self.num_encoder_layers)
         self.vision = vision
         self.language = language
         self.fusion = fusion
@@ -60,24 +63,34 @@ class VisionLanguageModel(nn.Module):
         encoders = {"vision": self.vision, "language": self.language}
         return {f"{n}.{own}": d for n, encoder in encoders.items() for own, d in depths_of(encoder, n).items()}
 
-    def encode_image(self, image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b p dv"]) -> Float[Tensor, "b p dv"]:
+    def encode_image(self, image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b *k p dv"]) -> Float[Tensor, "b *k p dv"]:
         """States of the vision encoder alone. Pixels are bytes and are normalised here, on the device.
 
-        What is not bytes are states already, which a frozen encoder gave before.
+        What is not bytes are states already, which a frozen encoder gave before. Where the fusion takes the states of
+        the last k layers, they are these, the last one last; `last_layer` takes that one.
         """
         if image.is_floating_point():
             return image
         pixels = (image - cast(Tensor, self.pixel_mean)) / cast(Tensor, self.pixel_std)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.frozen):
-            return self.vision(pixels)  # type: ignore[no-any-return]  # a module's call gives Any
+            return self._states(self.vision, pixels)
 
-    def encode_text(self, ids: Int[Tensor, "n l"], mask: Bool[Tensor, "n l"]) -> Float[Tensor, "n l dl"]:
-        """States of the language encoder alone."""
+    def encode_text(self, ids: Int[Tensor, "n l"], mask: Bool[Tensor, "n l"]) -> Float[Tensor, "n *k l dl"]:
+        """States of the language encoder alone, of its last k layers where the fusion takes these."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and "language" not in self.frozen):
-            return self.language(ids, mask)  # type: ignore[no-any-return]  # a module's call gives Any
+            return self._states(self.language, ids, mask)
+
+    def last_layer(self, states: Float[Tensor, "b *k p d"]) -> Float[Tensor, "b p d"]:
+        """Those of the encoder's last layer, which is all there is unless the fusion takes more."""
+        return states[:, -1] if self.num_encoder_layers else states
+
+    def _states(self, encoder: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.num_encoder_layers:
+            return torch.stack(cast(Any, encoder).layers(*inputs, self.num_encoder_layers), dim=1)
+        return encoder(*inputs)  # type: ignore[no-any-return]  # a module's call gives Any
 
     def encode(
-        self, image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b p dv"] | None, views: Sequence[View]
+        self, image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b *k p dv"] | None, views: Sequence[View]
     ) -> list[Encoded]:
         """The states of each view, in order, with nothing computed twice."""
         image_states = None
@@ -95,18 +108,18 @@ class VisionLanguageModel(nn.Module):
         encoded = []
         for view in views:
             if view.kind == "image":
-                encoded.append(Encoded(image=image_states))
+                encoded.append(Encoded(image=self.last_layer(cast(Tensor, image_states))))
             elif view.kind == "text":
-                encoded.append(Encoded(text=text_states[id(view.text_ids)]))
+                encoded.append(Encoded(text=self.last_layer(text_states[id(view.text_ids)])))
             elif view.kind == "apart":
-                encoded.append(Encoded(text=texts[id(view.text_ids)], image=image))
+                encoded.append(Encoded(self.last_layer(texts[id(view.text_ids)]), self.last_layer(cast(Tensor, image))))
             else:
                 encoded.append(next(pairs))
         return encoded
 
     def pool_in_turn(
         self,
-        image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b p dv"],
+        image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b *k p dv"],
         ids: Int[Tensor, "n l"],
         mask: Bool[Tensor, "n l"],
     ) -> list[Float[Tensor, "n pooled"]]:
@@ -114,24 +127,27 @@ class VisionLanguageModel(nn.Module):
 
         From the second on, an image meets the text's states as the fusion with the image before left them, each image's
         layers being the same. The reference paper's code (arXiv 2211.00262) does so; `encode` fuses each pair alone.
+        Bridges to the text's later layers are crossed again: what was fused takes the place of the first of them.
         """
         images = self.vision_projection(self.encode_image(image)).split(len(ids))
         text, pooled = self.language_projection(self.encode_text(ids, mask)), []
         for states in images:
-            fused, text = self.fusion(states, text, mask)
-            pooled.append(self.pooler(text, fused))
+            fused, fused_text = self.fusion(states, text, mask)
+            pooled.append(self.pooler(fused_text, fused))
+            text = torch.cat([fused_text[:, None], text[:, 1:]], dim=1) if self.num_encoder_layers else fused_text
         return pooled
 
     def fuse_all(
-        self, image: Float[Tensor, "b p d"], text_states: Float[Tensor, "1 l dl"], mask: Bool[Tensor, "1 l"]
+        self, image: Float[Tensor, "b *k p d"], text_states: Float[Tensor, "1 *k l dl"], mask: Bool[Tensor, "1 l"]
     ) -> Float[Tensor, "b pooled"]:
         """Pooled pairs of one text, from states of the language encoder, with every image, projected once before."""
         size = len(image)
-        text = self.language_projection(text_states).expand(size, -1, -1)
+        text = self.language_projection(text_states)
+        text = text.expand(size, *text.shape[1:])
         fused_image, fused_text = self.fusion(image, text, mask.expand(size, -1))
         return self.pooler(fused_text, fused_image)  # type: ignore[no-any-return]  # a module's call gives Any
 
-    def _encode_distinct_texts(self, views: Sequence[View]) -> dict[int, Float[Tensor, "b l dl"]]:
+    def _encode_distinct_texts(self, views: Sequence[View]) -> dict[int, Float[Tensor, "b *k l dl"]]:
         """Language states by the identity of each distinct `text_ids` tensor, from one call of the encoder."""
         distinct = {id(view.text_ids): view for view in views if view.text_ids is not None}
         if not distinct:
@@ -157,3 +173,12 @@ class VisionLanguageModel(nn.Module):
         sizes = [len(part) for part in masks]
         parts = zip(fused_text.split(sizes), fused_image.split(sizes), pooled.split(sizes), strict=True)
         return [Encoded(text, image, pool) for text, image, pool in parts]
+
+
+def _refuse_missing_layers(encoders: dict[str, nn.Module], count: int) -> None:
+    for name, encoder in encoders.items():
+        if not hasattr(encoder, "layers"):
+            raise ValueError(f"the fusion takes {count} layers of the {name} encoder, which hands out its last alone")
+        there = len(cast(Any, encoder).blocks)
+        if there < count:
+            raise ValueError(f"the fusion takes {count} layers of the {name} encoder, which has {there}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -28,8 +30,16 @@ class TinyLanguage(nn.Module):
         self.apply(initialise)
 
     def forward(self, text_ids: Int[Tensor, "n l"], text_mask: Bool[Tensor, "n l"]) -> Float[Tensor, "n l d"]:
+        return self.layers(text_ids, text_mask, 1)[0]
+
+    def layers(
+        self, text_ids: Int[Tensor, "n l"], text_mask: Bool[Tensor, "n l"], count: int
+    ) -> tuple[Float[Tensor, "n l d"], ...]:
+        """States after each of the last `count` blocks, through the final norm; the last is what `forward` gives."""
+        states: deque[Tensor] = deque(maxlen=count)
         places = torch.arange(text_ids.shape[1], device=text_ids.device)
         x = self.embedding_norm(self.word(text_ids) + self.position(places))
         for block in self.blocks:
             x = block(x, text_mask)
-        return self.norm(x)  # type: ignore[no-any-return]  # a module's call gives Any
+            states.append(x)
+        return tuple(self.norm(x) for x in states)

@@ -67,6 +67,19 @@ class TransformersLanguage(nn.Module):
         states = self.model(input_ids=text_ids, attention_mask=text_mask.to(text_ids.dtype)).last_hidden_state
         return states  # type: ignore[no-any-return]  # the library gives Any
 
+    def layers(
+        self, text_ids: Int[Tensor, "n l"], text_mask: Bool[Tensor, "n l"], count: int
+    ) -> tuple[Float[Tensor, "n l d"], ...]:
+        """States after each of the last `count` blocks, as the library has them; the last is what `forward` gives."""
+        if count == 1:
+            return (self.forward(text_ids, text_mask),)
+        mask = text_mask.to(text_ids.dtype)
+        output = self.model(input_ids=text_ids, attention_mask=mask, output_hidden_states=True)
+        states = (*output.hidden_states[1:][-count:-1], output.last_hidden_state)  # the first are the embeddings
+        if len(states) < count or len({state.shape for state in states}) > 1:
+            raise UserError(f"{type(self.model).__name__} has not the states of {count} layers of one size to give")
+        return states
+
 
 def vocabulary_of(name: str, weights: Path | str | None = None) -> tuple[int, int]:
     """How many tokens the model knows, and which one it takes for padding."""

@@ -58,7 +58,24 @@ class TimmVision(nn.Module):
         raise UserError(f"timm's {type(self.model).__name__} has no blocks or stages that could be told apart")
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p d"]:
-        features = self.model.forward_features(image)
+        return self._tokens(self.model.forward_features(image))
+
+    def layers(self, image: Float[Tensor, "b 3 h w"], count: int) -> tuple[Float[Tensor, "b p d"], ...]:
+        """States after each of the last `count` blocks, through the final norm; the last is what `forward` gives."""
+        if count == 1:
+            return (self.forward(image),)
+        if not _is_of_one_scale(self.model):
+            raise UserError(
+                f"timm's {type(self.model).__name__} has stages of different scales, so only its last states fit a "
+                "fusion; model.fusion.type=bridges needs a plain transformer"
+            )
+        prefix = {"return_prefix_tokens": True} if getattr(self.model, "num_prefix_tokens", 0) else {}
+        last, states = self.model.forward_intermediates(image, indices=count, norm=True, output_fmt="NLC", **prefix)
+        if prefix:  # the library hands out patches and what precedes them apart
+            states = [torch.cat([before, patches], dim=1) for patches, before in states]
+        return (*(self._tokens(earlier) for earlier in states[:-1]), self._tokens(last))
+
+    def _tokens(self, features: Any) -> Float[Tensor, "b p d"]:
         if not isinstance(features, Tensor):
             raise ValueError(f"the model's features must be one tensor. Got a {type(features).__name__}")
         if features.ndim == 4:
@@ -66,8 +83,15 @@ class TimmVision(nn.Module):
         if features.ndim != 3 or features.shape[-1] != self.width:
             raise ValueError(f"features must have shape (b, p, {self.width}). Got {tuple(features.shape)}")
         if self.has_cls:
-            return features
+            return features  # type: ignore[no-any-return]  # the library gives Any
         return torch.cat([features.mean(1, keepdim=True), features], dim=1)
+
+
+def _is_of_one_scale(model: Any) -> bool:
+    """Whether all blocks have as many tokens, of one width."""
+    known = getattr(model, "feature_info", None)
+    scales = {(info["num_chs"], info["reduction"]) for info in known} if isinstance(known, list) else set()
+    return len(scales) == 1 and hasattr(model, "forward_intermediates")
 
 
 def load_package_weights(model: nn.Module, package: str) -> None:

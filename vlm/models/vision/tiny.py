@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import torch
 from jaxtyping import Float
@@ -48,8 +49,14 @@ class TinyVision(nn.Module):
         nn.init.trunc_normal_(self.position, std=0.02)
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p d"]:
+        return self.layers(image, 1)[0]
+
+    def layers(self, image: Float[Tensor, "b 3 h w"], count: int) -> tuple[Float[Tensor, "b p d"], ...]:
+        """States after each of the last `count` blocks, through the final norm; the last is what `forward` gives."""
+        states: deque[Tensor] = deque(maxlen=count)
         x = self.stem(image).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x)
-        return torch.cat([x.amax(dim=1, keepdim=True), x], dim=1)
+            states.append(x)
+        normed = [self.norm(x) for x in states]
+        return tuple(torch.cat([x.amax(dim=1, keepdim=True), x], dim=1) for x in normed)
