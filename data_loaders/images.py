@@ -152,7 +152,7 @@ class EncodedImages:
 
     def __init__(
         self,
-        states: Float[Tensor, "n p d"],
+        states: Float[Tensor, "n *k p d"],
         rows: Mapping[str, int],
         damages: Mapping[str | int, Damage] | None = None,
     ) -> None:
@@ -198,7 +198,7 @@ class EncodedImages:
             done += len(part)
         return None if states is None else cls(states, rows, damages)
 
-    def __call__(self, keys: Sequence[str]) -> Float[Tensor, "b p d"]:
+    def __call__(self, keys: Sequence[str]) -> Float[Tensor, "b *k p d"]:
         damages: dict[str | int, Damage] = {key: self.damages[key] for key in keys if key in self.damages}
         if damages:
             raise DamagedError(damages)

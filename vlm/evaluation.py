@@ -203,7 +203,7 @@ def match_matrix(
     size, device = config.trainer.evaluation_batch_size, next(model.parameters()).device
     rows = []
     with torch.inference_mode():
-        projected = [model.vision_projection(model.encode_image(part.to(device))) for part in images.split(size)]
+        projected = [model.project_image(model.encode_image(part.to(device))) for part in images.split(size)]
         for start in _bar(range(0, len(texts)), "matching", config.trainer.progress):
             ids, mask, _ = tokenizer(texts[start : start + 1])
             text_states = model.encode_text(ids.to(device), mask.to(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -86,6 +87,19 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b q d"], mask: Bool[Tensor, "b q"] | None = None) -> Float[Tensor, "b q d"]:
         return self.feed_forward(self.self_attention(x, None, mask))  # type: ignore[no-any-return]  # a module's call gives Any
+
+
+def drop_tokens(states: Float[Tensor, "b *k p d"], fraction: float, num_kept: int = 0) -> Float[Tensor, "b *k q d"]:
+    """Without a random `fraction` of the tokens of each row, the same ones in all layers k.
+
+    The first `num_kept` always stay, and at least one of the others.
+    """
+    others = states.shape[-2] - num_kept
+    draw = torch.rand(len(states), others, device=states.device).argsort(1)[:, : max(1, round((1 - fraction) * others))]
+    first = torch.arange(num_kept, device=states.device).expand(len(states), -1)
+    chosen = torch.cat([first, draw + num_kept], dim=1)
+    index = chosen.view(len(states), *[1] * (states.ndim - 3), -1, 1).expand(*states.shape[:-2], -1, states.shape[-1])
+    return states.gather(-2, index)
 
 
 def initialise(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlm.models.adaptation import Depth, depths_of
 from vlm.models.heads import PairPooler, PairStates
-from vlm.models.transformer import initialise
+from vlm.models.transformer import drop_tokens, initialise
 from vlm.types import Encoded, View
 
 
@@ -29,10 +29,12 @@ class VisionLanguageModel(nn.Module):
         fusion: nn.Module,
         frozen: frozenset[str] = frozenset(),
         pooler: Literal["tanh", "none"] = "tanh",
+        token_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         width = int(cast(int, fusion.width))
         self.width = width
+        self.token_dropout = token_dropout
         self.num_encoder_layers = int(cast(int, getattr(fusion, "num_encoder_layers", 0)))
         if self.num_encoder_layers:
             _refuse_missing_layers({"vision": vision, "language": language}, self.num_encoder_layers)
@@ -80,6 +82,12 @@ class VisionLanguageModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and "language" not in self.frozen):
             return self._states(self.language, ids, mask)
 
+    def project_image(self, states: Float[Tensor, "b *k p dv"]) -> Float[Tensor, "b *k q d"]:
+        """The vision encoder's states in the fusion's width; in training without the tokens that are dropped."""
+        if self.training and self.token_dropout:
+            states = drop_tokens(states, self.token_dropout, num_kept=1)
+        return self.vision_projection(states)  # type: ignore[no-any-return]  # a module's call gives Any
+
     def last_layer(self, states: Float[Tensor, "b *k p d"]) -> Float[Tensor, "b p d"]:
         """Those of the encoder's last layer, which is all there is unless the fusion takes more."""
         return states[:, -1] if self.num_encoder_layers else states
@@ -102,7 +110,7 @@ class VisionLanguageModel(nn.Module):
         joint = [view for view in views if view.kind in ("pair", "apart")]
         image, texts = None, {}
         if joint:
-            image = self.vision_projection(image_states)
+            image = self.project_image(cast(Tensor, image_states))
             texts = {id(v.text_ids): self.language_projection(text_states[id(v.text_ids)]) for v in joint}
         pairs = iter(self._fuse(image, texts, [view for view in views if view.kind == "pair"]))
         encoded = []
@@ -129,7 +137,7 @@ class VisionLanguageModel(nn.Module):
         layers being the same. The reference paper's code (arXiv 2211.00262) does so; `encode` fuses each pair alone.
         Bridges to the text's later layers are crossed again: what was fused takes the place of the first of them.
         """
-        images = self.vision_projection(self.encode_image(image)).split(len(ids))
+        images = self.project_image(self.encode_image(image)).split(len(ids))
         text, pooled = self.language_projection(self.encode_text(ids, mask)), []
         for states in images:
             fused, fused_text = self.fusion(states, text, mask)

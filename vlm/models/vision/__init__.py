@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+Dropped = Annotated[float, Field(ge=0, lt=1)]
+"""A fraction of each image's patches that no step of training sees, drawn anew in each: FLIP, arXiv 2212.00794.
+
+They are dropped before the blocks, which is what saves time. Of plain ViTs only, and of encoders that learn.
+"""
+
+
 class TinyVisionConfig(EncoderConfig):
     """Our own small ViT (`tiny.py`), trained from nothing or from another run's `weights`."""
 
@@ -25,12 +32,14 @@ class TinyVisionConfig(EncoderConfig):
     num_heads: PositiveInt = 4
     patch_size: PositiveInt = 16
     image_pixels: PositiveInt = 48
+    patch_dropout: Dropped = 0.0
     weights: RunReference | None = None  # a run folder whose vision encoder is taken
 
     def build(self) -> nn.Module:
         from vlm.models.vision.tiny import TinyVision
 
-        return TinyVision(self.width, self.depth, self.num_heads, self.patch_size, self.image_pixels)
+        sizes = self.width, self.depth, self.num_heads, self.patch_size, self.image_pixels
+        return TinyVision(*sizes, self.patch_dropout)
 
 
 class TimmVisionConfig(EncoderConfig):
@@ -41,11 +50,12 @@ class TimmVisionConfig(EncoderConfig):
     pretrained: bool = True
     weights: RunReference | None = None
     image_pixels: PositiveInt | None = None  # None: the size the model was pretrained at
+    patch_dropout: Dropped = 0.0
 
     def build(self) -> nn.Module:
         from vlm.models.vision.timm import TimmVision
 
-        return TimmVision(self.name, self.pretrained, self.image_pixels, self.weights)
+        return TimmVision(self.name, self.pretrained, self.image_pixels, self.weights, self.patch_dropout)
 
 
 class CustomVisionConfig(CustomConfig, EncoderConfig):

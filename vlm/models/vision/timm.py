@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from jaxtyping import Float
+from timm.layers.patch_dropout import PatchDropout
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -33,7 +34,12 @@ class TimmVision(nn.Module):
     std: tuple[float, ...]
 
     def __init__(
-        self, name: str, pretrained: bool, image_pixels: int | None = None, weights: Path | str | None = None
+        self,
+        name: str,
+        pretrained: bool,
+        image_pixels: int | None = None,
+        weights: Path | str | None = None,
+        patch_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         published = published_config(name)
@@ -47,6 +53,10 @@ class TimmVision(nn.Module):
         self.interpolation = str(published["interpolation"])
         self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
         cls_token = getattr(self.model, "cls_token", None) is not None
+        if patch_dropout:
+            if not isinstance(getattr(self.model, "patch_drop", None), nn.Identity):
+                raise UserError(f"model.vision.patch_dropout: {name!r} cannot drop patches; a plain ViT can")
+            self.model.patch_drop = PatchDropout(patch_dropout, num_prefix_tokens=self.model.num_prefix_tokens)
         self.has_cls = bool(getattr(self.model, "has_class_token", cls_token))
 
     @property

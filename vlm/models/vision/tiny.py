@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlm.models.transformer import EncoderBlock, initialise
+from vlm.models.transformer import EncoderBlock, drop_tokens, initialise
 
 
 class TinyVision(nn.Module):
@@ -26,7 +26,9 @@ class TinyVision(nn.Module):
     std = (0.5, 0.5, 0.5)
     interpolation = "bicubic"
 
-    def __init__(self, width: int, depth: int, num_heads: int, patch_size: int, image_pixels: int) -> None:
+    def __init__(
+        self, width: int, depth: int, num_heads: int, patch_size: int, image_pixels: int, patch_dropout: float = 0.0
+    ) -> None:
         super().__init__()
         num_halvings = int(math.log2(patch_size))
         if 2**num_halvings != patch_size or image_pixels % patch_size:
@@ -35,6 +37,7 @@ class TinyVision(nn.Module):
             )
         self.width = width
         self.image_pixels = image_pixels
+        self.patch_dropout = patch_dropout
         stem: list[nn.Module] = []
         channels = 3
         for step in range(num_halvings):
@@ -55,6 +58,8 @@ class TinyVision(nn.Module):
         """States after each of the last `count` blocks, through the final norm; the last is what `forward` gives."""
         states: deque[Tensor] = deque(maxlen=count)
         x = self.stem(image).flatten(2).transpose(1, 2) + self.position
+        if self.training and self.patch_dropout:
+            x = drop_tokens(x, self.patch_dropout)
         for block in self.blocks:
             x = block(x)
             states.append(x)
