@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from vlm.config import CustomConfig
+from vlm.errors import UserError
 from vlm.models import ModelConfig
 from vlm.models.fusion import FusionConfig
 from vlm.models.language import TinyLanguageConfig
-from vlm.models.vision import TinyVisionConfig
+from vlm.models.vision import TimmVisionConfig, TinyVisionConfig
+from vlm.models.vision.timm import TimmVision
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.types import Encoded, View
 
@@ -163,25 +165,6 @@ def test_half_precision_is_near_and_finite(config: Any) -> None:
     assert all(value.grad is not None and value.grad.isfinite().all() for value in fusion.parameters())
     for half, whole in zip(halves, fusion(*given), strict=True):
         torch.testing.assert_close(half.float(), whole, atol=0.1, rtol=0.1)
-
-
-@pytest.mark.slow
-@every_fusion
-def test_the_compiled_fusion_gives_the_same(config: Any) -> None:
-    fusion = build(config)
-    image, text, mask = inputs(fusion)
-    compiled = torch.compile(fusion)
-    results = []
-    for module in (fusion, compiled):
-        fusion.zero_grad()
-        fused = module(image, text, mask)
-        loss = torch.stack([(states * torch.linspace(-1, 1, WIDTH)).square().mean() for states in fused]).sum()
-        if list(fusion.parameters()):
-            loss.backward()
-        gradients = [value.grad.clone() for value in fusion.parameters() if value.grad is not None]
-        results.append([*(states.detach() for states in fused), *gradients])
-    for eager, other in zip(*results, strict=True):
-        torch.testing.assert_close(other, eager, atol=1e-4, rtol=1e-4)
 
 
 # --- Inside the whole model ------------------------------------------------------------------------------------------
@@ -355,3 +338,55 @@ def test_dropped_tokens_are_missing_in_training_alone(config: Any) -> None:
     with torch.no_grad():
         pairs = [part.eval().encode(image, [View("pair", ids, mask)])[0] for part in (model, whole)]
     assert_same(*pairs)
+
+
+def test_an_encoder_that_learns_drops_patches_before_its_blocks_in_training_alone() -> None:
+    timm = TimmVisionConfig(name="test_vit.r160_in1k", pretrained=False, image_pixels=64, patch_dropout=0.5)
+    for config, whole, part in ((VISION.model_copy(update={"patch_dropout": 0.5}), 10, 5), (timm, 17, 9)):
+        encoder: Any = config.build()
+        pixels = torch.randn(2, 3, encoder.image_pixels, encoder.image_pixels)
+        lengths: list[int] = []
+        encoder.blocks[0].register_forward_pre_hook(
+            lambda _, arguments, seen=lengths: seen.append(arguments[0].shape[1])
+        )
+        assert encoder.train()(pixels).shape[1] == part and encoder.layers(pixels, 2)[0].shape[1] == part
+        assert encoder.eval()(pixels).shape[1] == whole
+        assert lengths[0] == lengths[1] < lengths[2]
+
+
+def test_patches_are_not_dropped_where_the_encoder_is_frozen_or_has_none() -> None:
+    for frozen in ({"frozen": True}, {"frozen_blocks": 1}):
+        with pytest.raises(ValueError, match="Give token_dropout"):
+            ModelConfig(vision=TinyVisionConfig(patch_dropout=0.5, **frozen))
+    with pytest.raises(UserError, match="cannot drop patches"):
+        TimmVisionConfig(name="resnet10t.c3_in1k", pretrained=False, patch_dropout=0.5).build()
+
+
+# --- Layers of published encoders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["test_vit.r160_in1k", "deit_tiny_distilled_patch16_224.fb_in1k", "test_vit2.r160_in1k"]
+)
+def test_layers_of_timm_are_its_blocks_states_through_its_norm(name: str) -> None:
+    torch.manual_seed(0)
+    encoder = TimmVision(name, pretrained=False, image_pixels=64).eval()
+    seen: list[Tensor] = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda _module, _arguments, output: seen.append(output))
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        layers = encoder.layers(pixels, 2)
+        assert len(seen) == len(encoder.blocks)  # one pass
+        torch.testing.assert_close(layers[-1], encoder(pixels), atol=1e-5, rtol=0)
+        expected = encoder.model.norm(seen[len(encoder.blocks) - 2])
+        if not encoder.has_cls:
+            expected = torch.cat([expected.mean(1, keepdim=True), expected], dim=1)
+        torch.testing.assert_close(layers[0], expected, atol=1e-5, rtol=0)
+
+
+def test_stages_of_different_scales_are_no_layers() -> None:
+    encoder = TimmVision("resnet10t.c3_in1k", pretrained=False, image_pixels=64)
+    assert encoder.layers(torch.randn(1, 3, 64, 64), 1)[0].shape[1] == 5
+    with pytest.raises(UserError, match="stages of different scales"):
+        encoder.layers(torch.randn(1, 3, 64, 64), 2)

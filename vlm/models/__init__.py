@@ -33,10 +33,9 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _patches_are_dropped_while_learning(self) -> ModelConfig:
-        if getattr(self.vision, "patch_dropout", 0) and getattr(self.vision, "frozen", False):
-            raise ValueError(
-                "vision.patch_dropout: a frozen encoder never trains, and its states may be kept. Give token_dropout"
-            )
+        vision = self.vision
+        if getattr(vision, "patch_dropout", 0) and (vision.frozen or vision.frozen_blocks):
+            raise ValueError("vision.patch_dropout: what is frozen never trains and drops nothing. Give token_dropout")
         return self
 
     def build(self) -> VisionLanguageModel:
