@@ -33,7 +33,9 @@ class DataOptions(Config):
     """What all kinds of data share."""
 
     part: Literal["pairs", "images", "texts"] = "pairs"  # what pretraining reads
-    augmentation: Literal["none", "randaugment"] = "none"
+    augmentation: Literal["none", "randaugment", "released"] = "none"  # released: as the reference paper's code has it
+    interpolation: Literal["bicubic", "bilinear"] | None = None  # None: the vision encoder's own
+    fit: Literal["squeeze", "crop"] = "squeeze"  # the whole picture in a square, or the central square of it
     decode: Literal["reduced", "exact"] = "reduced"  # JPEGs at the smallest scale that serves, or whole
     shuffle_shards: PositiveInt | None = None  # a pass shuffles within so many shards at a time; None: within all
     damaged: Literal["stop", "skip"] = "stop"  # skip: another example of the window stands in, and the run says so

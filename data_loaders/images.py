@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image
 from torch import Tensor
 
 from data_loaders.decoding import ImageError
@@ -46,20 +47,19 @@ class DecodedImages:
         return self._batch(list(zip(keys, positions, strict=True)))
 
     def _batch(self, wanted: Sequence[tuple[str, int | None]]) -> UInt8[Tensor, "b 3 h w"]:
-        pixels: dict[tuple[str, int | None], Tensor] = {}
+        pictures: dict[tuple[str, int | None], Tensor | Image.Image] = {}
         damages: dict[str | int, Damage] = {}
         for key, position in dict.fromkeys(wanted):
             try:
-                pixels[key, position] = self._pixels(key, position)
+                pictures[key, position] = self._decoded(key, position)
             except DamagedError as error:
                 damages[key] = next(iter(error.damages.values()))
         if damages:
             raise DamagedError(damages)
-        if self.transform.augment is not None:
-            pixels = {image: self.transform.augment(square) for image, square in pixels.items()}
+        pixels = {image: self.transform.augment(picture) for image, picture in pictures.items()}
         return torch.stack([pixels[image] for image in wanted])
 
-    def _pixels(self, key: str, position: int | None) -> UInt8[Tensor, "3 h w"]:
+    def _decoded(self, key: str, position: int | None) -> UInt8[Tensor, "3 h w"] | Image.Image:
         if position is None:
             try:
                 position = self._position(key)
@@ -69,7 +69,7 @@ class DecodedImages:
                 raise UserError(f"{self.reader.index.folder}: image {key!r} is asked for, but it is not here") from None
         data = self.reader.image(position)
         try:
-            return self.transform.square(data, key)
+            return self.transform.decoded(data, key)
         except ImageError as error:
             raise DamagedError({position: self.reader.damage(position, "image", f"is damaged ({error})")}) from None
 

@@ -267,8 +267,10 @@ def image_transform(config: RunConfig, model: VisionLanguageModel, training: boo
     from data_loaders.transforms import ImageTransform
 
     vision: Any = model.vision
-    augmentation = config.data.augmentation if training else "none"
-    return ImageTransform(vision.image_pixels, vision.interpolation, augmentation, config.data.decode)
+    data = config.data
+    augmentation = data.augmentation if training else "none"
+    interpolation = data.interpolation or vision.interpolation
+    return ImageTransform(vision.image_pixels, interpolation, augmentation, data.decode, data.fit)
 
 
 def build_pretraining(
