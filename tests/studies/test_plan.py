@@ -213,6 +213,15 @@ def broken(**changes: dict[str, Any]) -> dict[str, Any]:
             "stage 'finetune' does not stand before 'vision'",
         ),
         ({"seeds": []}, "seeds: needs at least 1 entries"),
+        ({"seeds": [0, 1, 0]}, "seeds: 0 stands there twice"),
+        (broken(vision={"seeds": [3, 3]}), "stages.vision: seeds: 3 stands there twice"),
+        (broken(finetune={"grid": {"task": ["gqa", "gqa"]}}), "stages.finetune: grid.task: gqa stands there twice"),
+        (broken(finetune={"grid": {"task": "gqa"}}), "stages.finetune.grid: task: expected a list of values"),
+        (broken(finetune={"grid": {"rate": {"slow": 1}}}), "stages.finetune.grid: rate.slow: expected overrides"),
+        (
+            {"figure": {"panels": [{"task": "nvlr2"}]}},
+            "figure.panels.0.task: no run has 'nvlr2'. Did you mean 'nlvr2'?",
+        ),
     ],
 )
 def test_a_wrong_study_is_refused_before_anything_starts(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from vlm.config import load_yaml
 from vlm.errors import UserError
 from vlm.locks import only_process
 from vlm.run import CONFIG, RESULT, RunConfig
-from vlm.studies.run import Place, find_study, run_study
+from vlm.studies.run import Place, default_folder, find_study, run_study
 
 STUDY = """
 question: How many pairs?
@@ -104,7 +104,16 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_run_starts(study: Pa
     (study.parent / "file").touch()
     with pytest.raises(UserError, match="file/out: cannot be written to"):
         run_study(str(study), study.parent / "file" / "out", work=guess)
+    (study.parent / "out").mkdir()
+    (study.parent / "out" / "runs").touch()
+    with pytest.raises(UserError, match="out/runs: cannot be written to"):
+        run_study(str(study), study.parent / "out", work=guess)
     assert not multiprocessing.active_children()
+
+
+def test_a_study_of_the_current_folder_is_named_after_it(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(study.parent)
+    assert default_folder(Path("study.yaml")) == default_folder(study.parent / "study.yaml")
 
 
 def test_two_processes_never_work_on_one_study(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:

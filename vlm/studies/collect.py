@@ -17,7 +17,7 @@ from vlm.bookkeeping import ledger_of_run
 from vlm.config import CustomConfig
 from vlm.errors import UserError
 from vlm.run import CONFIG, RESULT, write_atomically
-from vlm.studies.plan import Job, distinct
+from vlm.studies.plan import Job, distinct, task_name
 from vlm.studies.statistics import estimate
 from vlm.supervision import NoneConfig, SupervisionConfig
 from vlm.supervision.ledger import LEDGER
@@ -159,12 +159,6 @@ def pretraining_of(job: Job) -> Job:
     while job.config.task is not None and "start_from" in job.upstream:
         job = job.upstream["start_from"]
     return job
-
-
-def task_name(job: Job) -> str:
-    """The task as the grid calls it, else its type."""
-    assert job.config.task is not None
-    return job.labels.get("task", job.config.task.type)
 
 
 def headline(job: Job) -> str:

@@ -14,9 +14,9 @@ from vlm.config import did_you_mean
 from vlm.errors import UserError
 from vlm.run import write_atomically
 from vlm.studies import curves
-from vlm.studies.collect import collect_with_jobs, table, task_name, write_csv, write_parquet
+from vlm.studies.collect import collect_with_jobs, table, write_csv, write_parquet
 from vlm.studies.compare import PLACE, ancestors, check_axis, compare_panel
-from vlm.studies.plan import Job, StudyConfig, distinct
+from vlm.studies.plan import Job, StudyConfig, distinct, task_name
 from vlm.studies.questions import resample
 from vlm.studies.report import Report, markdown, mixed_rows, rich_differences, rich_scores, rich_worths
 from vlm.studies.tensorboard import write_board

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from vlm.studies.collect import Score, headline, task_name
-from vlm.studies.plan import FigureConfig, Job
+from vlm.studies.collect import Score, headline
+from vlm.studies.plan import FigureConfig, Job, task_name
 from vlm.studies.statistics import Estimate, estimate
 
 if TYPE_CHECKING:

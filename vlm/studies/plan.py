@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from vlm.config import Composer, Config, ConfigError, Fingerprints, Setting, did_you_mean
 from vlm.run import RESULT, RunConfig
@@ -30,6 +30,15 @@ Labelled = str | int | float  # a value as a label shows it
 NamedValues = dict[str, dict[str, Any]]
 
 
+def _refuse_twice(where: str, values: Sequence[Any]) -> None:
+    """One run at two places that nothing tells apart would count as two."""
+    seen: list[str] = []
+    for value in values:
+        if _label(value) in seen:
+            raise ValueError(f"{where}: {_label(value)} stands there twice")
+        seen.append(_label(value))
+
+
 class StageConfig(Config):
     """Runs of one config. Their number: seeds x points x grid x runs of the upstream stages, less the excluded."""
 
@@ -44,11 +53,27 @@ class StageConfig(Config):
     seeds: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)  # None: the study's
     resources: ResourcesConfig = ResourcesConfig()  # in place of the study's, one by one
 
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _axes_are_lists_or_named_sets(cls, grid: Any) -> Any:
+        """Here, because pydantic would name the branch of the union that it tried first."""
+        for axis, values in grid.items() if isinstance(grid, Mapping) else ():
+            named = values if isinstance(values, Mapping) else {}
+            wrong = next((name for name, settings in named.items() if not isinstance(settings, Mapping)), None)
+            if wrong is not None:
+                raise ValueError(f"{axis}.{wrong}: expected overrides (key: value), got {named[wrong]!r}")
+            if not isinstance(values, list | tuple | Mapping):
+                raise ValueError(f"{axis}: expected a list of values, or named sets of overrides, got {values!r}")
+        return grid
+
     @model_validator(mode="after")
     def _every_axis_has_values(self) -> StageConfig:
         for axis, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid.{axis}: no values. Give some, or leave the axis out")
+            if not isinstance(values, dict):
+                _refuse_twice(f"grid.{axis}", values)
+        _refuse_twice("seeds", self.seeds or ())
         for number, place in enumerate(self.exclude):
             if not place:
                 raise ValueError(f"exclude.{number}: names no label, so it would leave nothing")
@@ -95,6 +120,7 @@ class StudyConfig(Config):
 
     @model_validator(mode="after")
     def _stages_feed_later_ones(self) -> StudyConfig:
+        _refuse_twice("seeds", self.seeds)
         earlier: list[str] = []
         for name, stage in self.stages.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -194,7 +220,9 @@ def plan(
         _check_exclude(name, stage, known)
         if not jobs[name]:
             raise ConfigError(f"stages.{name}: no upstream run passes, or all places are excluded, so it has no run")
-    return [job for of_stage in jobs.values() for job in of_stage]
+    planned = [job for of_stage in jobs.values() for job in of_stage]
+    _check_panels(study.figure, planned)
+    return planned
 
 
 def of_stage(overrides: Sequence[str], stage: str) -> list[str]:
@@ -281,6 +309,15 @@ def _check_exclude(name: str, stage: StageConfig, known: Mapping[str, Mapping[st
                     raise ConfigError(f"{where}: no run has {value!r}. {did_you_mean(value, known[label])}")
 
 
+def _check_panels(figure: FigureConfig, jobs: Sequence[Job]) -> None:
+    """A panel of a task that no run has would be missing from the figure, and nobody would be told."""
+    tasks = dict.fromkeys(task_name(job) for job in jobs if job.config.task is not None)
+    for number, panel in enumerate(figure.panels):
+        if panel.task not in tasks:
+            near = did_you_mean(panel.task, tasks)
+            raise ConfigError(f"figure.panels.{number}.task: no run has {panel.task!r}. {near}")
+
+
 def _refuse_unknown_stages(study: StudyConfig, overrides: Sequence[str]) -> None:
     for override in overrides:
         stage = override.split("=")[0].rpartition(":")[0]
@@ -303,6 +340,12 @@ def _refuse_varied_keys(study: StudyConfig, overrides: Sequence[str]) -> None:
                     raise ConfigError(
                         f"override {override!r}: the study sets {key} itself. Edit its study.yaml instead"
                     )
+
+
+def task_name(job: Job) -> str:
+    """The task as the grid calls it, else its type."""
+    assert job.config.task is not None
+    return job.labels.get("task", job.config.task.type)
 
 
 def _label(value: Any) -> str:

@@ -138,13 +138,14 @@ def report_unfinished(planned: Sequence[Job], outcome: Outcome, console: Console
 
 
 def make_folder(folder: Path) -> None:
-    """The folder, which must be there and writable before the first run starts."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / ".written", "")
-        (folder / ".written").unlink()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error.strerror}). Choose another --folder") from None
+    """The folder and that of its runs, which must be there and writable before the first run starts."""
+    for needed in (folder, folder / "runs"):
+        try:
+            needed.mkdir(parents=True, exist_ok=True)
+            write_atomically(needed / ".written", "")
+            (needed / ".written").unlink()
+        except OSError as error:
+            raise UserError(f"{needed}: cannot be written to ({error.strerror}). Choose another --folder") from None
 
 
 def compare_study(
@@ -168,7 +169,7 @@ def compare_study(
 
 def default_folder(file: Path) -> Path:
     """Where the runs of a study go unless a folder is named."""
-    return Path("runs") / (file.parent.name if file.name == STUDY else file.stem)
+    return Path("runs") / (file.resolve().parent.name if file.name == STUDY else file.stem)
 
 
 def command_of(name_or_path: str, folder: Path | None, overrides: Sequence[str], config_folder: Path | None) -> str:
