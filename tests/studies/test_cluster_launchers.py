@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -166,3 +167,48 @@ def test_a_stage_asks_slurm_for_what_it_declares(tmp_path: Path) -> None:
         "slurm_partition": "gpu",
         "slurm_additional_parameters": {"reservation": "mine"},
     }
+
+
+SBATCH = """#!/bin/sh
+cp "$1" {folder}/sent-$(ls {folder} | grep -c sent)
+if [ -e {folder}/refuse ]; then echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1; fi
+echo "Submitted batch job $(ls {folder} | grep -c sent)"
+"""
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an `sbatch` that keeps what it is sent; none of it ever runs."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, script in (("sbatch", SBATCH.format(folder=folder)), ("squeue", "#!/bin/sh\n")):
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def with_folders(jobs: list[Job]) -> list[Job]:
+    for one in jobs:
+        one.folder.mkdir(parents=True)
+    return jobs
+
+
+def test_what_sbatch_refuses_is_one_error_that_names_the_stage(tmp_path: Path, sbatch: Path) -> None:
+    (sbatch / "refuse").touch()
+    launcher = SlurmLauncher(tmp_path, options={"partition": "gpu"}, work=finish)
+    with pytest.raises(UserError, match=r"stages\.first: sbatch took no job \(.*invalid partition specified: gpu\)"):
+        launcher.start(with_folders([job(tmp_path, "first", seed) for seed in range(2)]))
+
+
+def test_more_jobs_than_an_array_may_have_go_in_several(
+    tmp_path: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm.studies.launchers.slurm.MOST_AT_ONCE", 2)
+    jobs = with_folders([job(tmp_path, "first", seed) for seed in range(5)])
+    attempts = SlurmLauncher(tmp_path, work=finish).start(jobs)
+    assert [attempt.job.id for attempt in attempts] == [one.id for one in jobs]
+    sent = [file.read_text() for file in sorted(sbatch.glob("sent-*"))]
+    assert ["--array=0-1" in text for text in sent] == [True, True, False]
+    numbers = [json.loads((one.folder / SUBMITTED).read_text())["id"] for one in jobs]
+    assert numbers == ["1_0", "1_1", "2_0", "2_1", "3"]

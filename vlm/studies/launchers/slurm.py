@@ -28,6 +28,7 @@ from vlm.studies.work import FAILED, INTERRUPTED, LOG_LINES, TOO_EARLY, Ending, 
 SUBMITTED, STATUS = "submitted.json", "exit_status"
 ASK_SECONDS = 5.0  # between two looks at the queue
 USUAL_HOURS = 24.0
+MOST_AT_ONCE = 1000  # elements of an array; SLURM's MaxArraySize is 1001 unless a cluster says otherwise
 
 
 @dataclass
@@ -114,7 +115,9 @@ class SlurmLauncher(Launcher):
             else:
                 arrays.setdefault((job.stage, tuple(start.id for start in job.upstream.values())), []).append(job)
         for (_, upstream), array in arrays.items():
-            attempts += self._submit(array, [self.ids[start] for start in upstream if start in self.ids])
+            for begin in range(0, len(array), MOST_AT_ONCE):
+                behind = [self.ids[start] for start in upstream if start in self.ids]
+                attempts += self._submit(array[begin : begin + MOST_AT_ONCE], behind)
         return attempts
 
     def wait(self, attempts: Sequence[Attempt], seconds: float) -> None:
@@ -145,6 +148,8 @@ class SlurmLauncher(Launcher):
                 process.cancel()
 
     def _submit(self, jobs: Sequence[Job], upstream: Sequence[str]) -> list[Attempt]:
+        from submitit.core.utils import FailedJobError
+
         parameters = self._parameters(jobs[0], upstream)
         self.executor.update_parameters(**parameters)
         for job in jobs:
@@ -153,11 +158,17 @@ class SlurmLauncher(Launcher):
         work = self.work or (train_rank if self.cluster == "slurm" else train)
         cores = num_cores() // (self.at_once or 1) if self.cluster != "slurm" else parameters["cpus_per_task"]
         begin = [log_size(job.folder) for job in jobs]
-        with self.executor.batch():
-            handles = []
-            for job in jobs:
-                starts = [str(start.folder) for start in job.upstream.values()]
-                handles.append(self.executor.submit(Work(work, max(1, cores)), str(job.folder), starts))
+        handles = []
+        try:
+            with self.executor.batch():
+                for job in jobs:
+                    starts = [str(start.folder) for start in job.upstream.values()]
+                    handles.append(self.executor.submit(Work(work, max(1, cores)), str(job.folder), starts))
+        except FailedJobError as error:
+            raise UserError(
+                f"stages.{jobs[0].stage}: sbatch took no job ({str(error).strip()}). Mend the stage's resources "
+                "(gpus: 0 where the cluster has none) or --sbatch; the same command continues"
+            ) from None
         for job, handle in zip(jobs, handles, strict=True):
             self.ids[job.id] = handle.job_id
             self.queue.add(handle.job_id)
