@@ -18,14 +18,15 @@ import pytest
 from made_up_jobs import finish, job, silent
 from rich.console import Console
 
-from vlm.config import load_yaml
+from vlm.config import dump_yaml, load_yaml
 from vlm.errors import UserError
 from vlm.run import CONFIG, RESULT, RunConfig, TrainerConfig
 from vlm.studies.board import remaining_seconds
 from vlm.studies.driver import FAILURE, INTERRUPTIONS, Outcome, drive
 from vlm.studies.launchers.local import LocalLauncher, Slot, machine_slots
 from vlm.studies.plan import Job
-from vlm.studies.work import LOG
+from vlm.studies.work import INTERRUPTED, LOG, run_logged, train
+from vlm.tasks import VQAv2Task
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,6 +175,18 @@ def test_an_interrupted_job_goes_on_without_counting_as_failed(tmp_path: Path, w
     one = job(tmp_path, "first")
     assert launch([one], 1, work, silent(), retries=0).finished == [one.id]
     assert not (one.folder / FAILURE).exists()
+
+
+def test_a_signal_to_the_command_of_several_ranks_is_no_failure_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig(task=VQAv2Task(), trainer=TrainerConfig(devices=2))
+    (tmp_path / CONFIG).write_text(dump_yaml(config))
+    command = tmp_path / "command"
+    command.write_text("#!/bin/sh\nkill -9 $$\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(command))
+    assert run_logged(tmp_path, train) == INTERRUPTED
 
 
 def test_a_job_that_is_interrupted_each_time_ends_the_call_and_not_the_next_one(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def train(folder: Path) -> None:
     """The work of a job: what `vlm train FOLDER` does."""
     if load_yaml(folder / CONFIG, RunConfig).trainer.world_size > 1:
         # For further ranks Lightning repeats the command line of its process, which must then be this run's.
-        sys.exit(subprocess.run([sys.executable, "-m", "vlm.cli", "train", str(folder)]).returncode)
+        status = subprocess.run([sys.executable, "-m", "vlm.cli", "train", str(folder)]).returncode
+        sys.exit(INTERRUPTED if status < 0 else status)  # a signal ended it; no exit status is below zero
     resume(folder)
 
 
@@ -66,6 +67,7 @@ def run_logged(folder: Path, work: Callable[[Path], None]) -> int:
         status = INTERRUPTED if is_passing else WRONG
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else FAILED if error.code else 0
+        status = INTERRUPTED if status == FAILED and _is_passing(error, folder) else status
     except KeyboardInterrupt:
         status = INTERRUPTED
     except BaseException as error:
