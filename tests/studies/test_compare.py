@@ -15,12 +15,12 @@ from vlm.errors import UserError
 from vlm.metrics.items import make_items, write_items
 from vlm.run import RESULT
 from vlm.studies.collect import collect_with_jobs
-from vlm.studies.compare import Family, PanelComparison, axis_value, check_axis, compare_panel
+from vlm.studies.compare import Cell, Family, PanelComparison, axis_value, check_axis, compare_panel
 from vlm.studies.conclude import View, show
 from vlm.studies.curves import Panel
 from vlm.studies.plan import Job, StudyConfig, plan
 from vlm.studies.questions import Resampled, resample
-from vlm.studies.report import Report, markdown
+from vlm.studies.report import Report, _order, markdown
 from vlm.studies.run import compare_study
 
 NLVR2 = Panel("nlvr2", "accuracy", "NLVR2", True)
@@ -214,3 +214,23 @@ def test_a_view_of_its_own_has_a_report_of_its_own() -> None:
     view = View("vlm compare mine", "nlvr2", by="pretrain:model.fusion.type", against="labels ≥ 0.7")
     assert view.file == "report-by-pretrain-model.fusion.type-nlvr2-labels---0.7.md"
     assert view.whole_command.endswith(" --by pretrain:model.fusion.type --task nlvr2 --against 'labels ≥ 0.7'")
+
+
+def test_that_nlvr2_loses_more_is_corrected_over_the_tasks_it_is_compared_with() -> None:
+    def panel(title: str, losses: tuple[float, ...]) -> PanelComparison:
+        cells = []
+        for source, fraction, scores in (("none", 0.0, [50.0] * 3), ("captions", 1.0, [50 + loss for loss in losses])):
+            by_seed = dict(enumerate(scores))
+            runs: dict[int, tuple[Path, ...]] = {seed: () for seed in by_seed}
+            cells.append(Cell(source, "", source, fraction, fraction, None, runs, by_seed, ()))
+        return PanelComparison(Panel(title.lower(), "accuracy", title, True), tuple(cells), {}, (), ())
+
+    losses = {"VQAv2": (2.0, 1.0, 8.0), "GQA": (1.0, 2.0, 3.0), "NLVR2": (20.0, 25.0, 22.0)}
+
+    def told(*titles: str) -> list[float]:
+        panels = [panel(title, losses[title]) for title in titles]
+        lines = _order(Report("", "", (), panels, 0, 0, "point", (), (), ()))
+        return [float(line.rpartition("p ")[2].rstrip(")")) for line in lines]
+
+    (vqav2,), (gqa,) = told("VQAv2", "NLVR2"), told("GQA", "NLVR2")
+    assert told("VQAv2", "GQA", "NLVR2") == pytest.approx([max(vqav2, 2 * gqa), 2 * gqa], abs=2e-3)

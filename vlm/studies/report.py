@@ -10,7 +10,7 @@ from rich.table import Table
 from vlm.studies.collect import Score
 from vlm.studies.compare import PLACE, Compared, Family, PanelComparison, all_pairs, no_pairs
 from vlm.studies.curves import Panel, baselines, percent, table_note, warnings
-from vlm.studies.statistics import Interval, difference
+from vlm.studies.statistics import Interval, difference, holm
 
 PAPER = "arXiv 2211.00262"
 
@@ -120,18 +120,20 @@ def _levels(report: Report, panel: Panel) -> str:
 
 
 def _order(report: Report) -> list[str]:
-    """Whether NLVR2 loses more without pairs than the other tasks, paired over seeds."""
+    """Whether NLVR2 loses more without pairs than the other tasks, paired over seeds, p by Holm over the tasks."""
     losses: dict[str, dict[int, float]] = {}
     for one in report.panels:
         none, full = no_pairs(one.cells), all_pairs(one.cells)
         if none is not None and full is not None and one.panel.is_headline:
             shared = none.by_seed.keys() & full.by_seed.keys()
             losses[one.panel.title] = {seed: full.by_seed[seed] - none.by_seed[seed] for seed in shared}
+    others = [title for title in losses if title != "NLVR2" and "NLVR2" in losses]
+    compared = [difference(losses["NLVR2"], losses[title]) for title in others]
+    corrected = holm([None if more is None else more.p for more in compared])
     found = []
-    for title in [title for title in losses if title != "NLVR2" and "NLVR2" in losses]:
-        more = difference(losses["NLVR2"], losses[title])
-        if more is not None and more.seeds is not None and more.p is not None:
-            told = f"{more.mean:+.1f} ({more.seeds[0]:+.1f} to {more.seeds[1]:+.1f} over seeds; {_p(more.p, 'p ')})"
+    for title, more, p in zip(others, compared, corrected, strict=True):
+        if more is not None and more.seeds is not None and p is not None:
+            told = f"{more.mean:+.1f} ({more.seeds[0]:+.1f} to {more.seeds[1]:+.1f} over seeds; {_p(p, 'p ')})"
             found.append(f"NLVR2 loses more than {title} by {told}")
     return found
 
