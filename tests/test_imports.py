@@ -40,6 +40,8 @@ LAYERS = (
         "vlm.model_card",
         "vlm.hub",
         "vlm.features",
+        "vlm.predicting",
+        "vlm.inspect",
     ),
     ("vlm", "vlm.cli"),
 )

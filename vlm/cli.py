@@ -74,6 +74,27 @@ def _parser() -> argparse.ArgumentParser:
         "frequent training answer to each question type",
     )
 
+    predict = verb("predict", _predict, "Answer an official question file, and write the official results file.")
+    predict.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or a checkpoint in one")
+    predict.add_argument("--task", choices=("vqav2", "gqa", "nlvr2"), help="of the questions (default: the model's)")
+    predict.add_argument("--questions", type=Path, required=True, metavar="FILE", help="as the authors publish it")
+    predict.add_argument("--images", type=Path, required=True, metavar="DIR", help="subfolders and zips will do")
+    predict.add_argument("--out", type=Path, required=True, metavar="FILE", help="what `vlm score` reads")
+    predict.add_argument(
+        "--allow-missing", action="store_true", help="a grey image stands in for one that is not there"
+    )
+    predict.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at a time (default 64)")
+
+    answer = verb("answer", _answer, "Answer a question about an image.")
+    answer.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or a checkpoint in one")
+    answer.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="one, or the two of a statement (NLVR2)")
+    answer.add_argument("question", metavar="QUESTION", help="in quotes")
+    answer.add_argument("--top", type=int, default=5, metavar="N", help="how many answers (default 5)")
+
+    for each in (predict, answer):
+        each.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU where there is one)")
+        each.add_argument("--trust-code", action="store_true", help="run outside code that the config names")
+
     study = verb("study", _study, "Run a grid of runs, and draw its curve.")
     study.add_argument("study", metavar="NAME", help="a study under experiments/, or the path of a study.yaml")
     study.add_argument("--folder", type=Path, metavar="DIR", help="where the runs and the curve go")
@@ -314,6 +335,41 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"{name}: {score:.2f}")
     if not scores:
         print("no scores: this split comes without answers; the predictions are written")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1. Got {options.batch_size}")
+    from vlm.predicting import predict
+
+    files = options.questions, options.images, options.out
+    chosen = options.allow_missing, options.batch_size, options.device, options.trust_code
+    predict(options.checkpoint, options.task, *files, *chosen)
+
+
+def _answer(options: argparse.Namespace) -> None:
+    if options.top < 1:
+        raise UserError(f"--top must be at least 1. Got {options.top}")
+    from vlm.predicting import answers_to
+
+    answers, sums_to_one = answers_to(
+        options.checkpoint, options.images, options.question, options.device, options.trust_code
+    )
+    best = list(answers.items())[: options.top]
+    if not sys.stdout.isatty():  # a line each, for other programs
+        for answer, probability in best:
+            print(f"{probability:.4f}\t{_printable(answer)}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    caption = None if sums_to_one else "each answer's own probability: they do not sum to 1"
+    table = Table("answer", caption=caption, caption_justify="left")
+    table.add_column("probability", justify="right")
+    for answer, probability in best:
+        table.add_row(Text(_printable(answer)), f"{probability:.1%}")
+    Console().print(table)
 
 
 def _study(options: argparse.Namespace) -> None:

@@ -56,10 +56,12 @@ class NLVR2Task(Task):
         return question.group
 
     def write_predictions(self, file: Path, questions: Sequence[Question], predictions: Mapping[str, str]) -> None:
+        super().write_predictions(file.with_suffix(".csv"), questions, predictions)
+
+    def submission(self, file: Path, questions: Sequence[Question], predictions: Mapping[str, str]) -> str:
         """The official CSV: identifier,prediction without a header."""
-        file = file.with_suffix(".csv")
         check_submission(file, (question.id for question in questions), predictions, allowed=self.ANSWERS)
-        file.write_text("".join(f"{question.id},{predictions[question.id]}\n" for question in questions))
+        return "".join(f"{question.id},{predictions[question.id]}\n" for question in questions)
 
 
 def read_questions(file: OfficialFile) -> Iterator[Question]:

@@ -94,9 +94,12 @@ class Task(Config):
 
     def write_predictions(self, file: Path, questions: Sequence[Question], predictions: Mapping[str, str]) -> None:
         """Write the official results file. The predictions must be those of exactly these questions."""
+        file.write_text(self.submission(file, questions, predictions))
+
+    def submission(self, file: Path, questions: Sequence[Question], predictions: Mapping[str, str]) -> str:
+        """The text of the official results file, which errors call `file`."""
         check_submission(file, (question.id for question in questions), predictions)
-        entries = [self.official(question, predictions[question.id]) for question in questions]
-        file.write_text(json.dumps(entries))
+        return json.dumps([self.official(question, predictions[question.id]) for question in questions])
 
     def official_split(self, split: str) -> str:
         """What the official files call a split."""

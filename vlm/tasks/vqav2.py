@@ -121,8 +121,13 @@ def annotations_name(split: str) -> str:
     return f"v2_mscoco_{split}_annotations.json"
 
 
-def image_key(split: str, image_id: int) -> str:
-    """The name of a COCO image without its ending; test-dev2015 asks about images of test2015."""
+def image_key(split: str | None, image_id: int) -> str:
+    """The name of a COCO image without its ending; test-dev2015 asks about images of test2015.
+
+    Without a split the number alone, as COCO names its images since 2017.
+    """
+    if split is None:
+        return f"{image_id:012d}"
     return f"COCO_{'test2015' if split == 'test-dev2015' else split}_{image_id:012d}"
 
 
@@ -216,15 +221,18 @@ def read_minival(file: OfficialFile, held_out: Sequence[Question]) -> set[str]:
     raise file.error(f"{unknown} is no question and no image of val2014 here")
 
 
-def _split_of(file: OfficialFile) -> str:
-    """The split that a file is named after."""
+def _split_of(file: OfficialFile) -> str | None:
+    """The split that a file is named after; None of a file with a name of its own."""
     names = VQAv2Task.splits.values()
-    return next(name for name in names if file.name.endswith((questions_name(name), annotations_name(name))))
+    return next((name for name in names if file.name.endswith((questions_name(name), annotations_name(name)))), None)
 
 
 def _other_splits(file: OfficialFile) -> dict[str, set[str]]:
     """What the head of a file says if its content is another split's. test-dev2015 is a part of test2015."""
-    own = {_split_of(file), _split_of(file).replace("test-dev", "test")}
+    split = _split_of(file)
+    if split is None:
+        return {}
+    own = {split, split.replace("test-dev", "test")}
     return {"data_subtype": set(VQAv2Task.splits.values()) - own}
 
 
