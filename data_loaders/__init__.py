@@ -5,6 +5,7 @@ unimodal/{train,validation}   shards of images with class names only
 texts/{train,validation}.txt  unpaired texts, one a line
 vqav2/ gqa/ nlvr2/            official question files, and `images`: shards keyed by the images' names; where a release
                               lacked some, `missing_images.json` names them
+csv/                          a user's own questions, written from a table (`prepare/csv_table.py`)
 retrieval/                    sets of held-out captions, and their images
 
 Beside the shards of `pairs` and `unimodal` that `vlm prepare` made of a release lie a manifest, a report, the keys that
@@ -26,6 +27,7 @@ from vlm.config import Config, always_identity, fingerprint, not_identity
 from vlm.errors import UserError
 
 if TYPE_CHECKING:
+    from data_loaders.prepare.csv_table import CSVRoot
     from data_loaders.shards import Index
 
 
@@ -133,4 +135,35 @@ class FolderData(DataOptions):
         return RemoteFolder(str(self.root), "", int(self.cache_gib * 2**30))
 
 
-DataConfig = Annotated[WorldData | EmojiData | FolderData, Field(discriminator="type")]
+class CSVData(DataOptions):
+    """A user's own table of questions or statements about the images of a folder, made into a data root on first use.
+
+    Its columns: `vlm/tasks/csv.py`. Another table or other images make another root.
+    """
+
+    type: Literal["csv"] = "csv"
+    path: Path  # the training rows; some of them validate unless `validation` is given
+    images: Path  # the folder below which the table's images lie
+    validation: Path | None = None
+    test: Path | None = None
+    validation_fraction: float = Field(0.1, gt=0, lt=1)  # of the images, by a hash of their names
+
+    @property
+    def root(self) -> Path:
+        return cache_folder() / f"csv-{self._table().name()}"
+
+    def prepare(self, progress: bool = True) -> Path:
+        """The data root, made if it is not there."""
+        table = self._table()
+        root = cache_folder() / f"csv-{table.name()}"
+        if not root.is_dir():
+            table.write(root, progress)
+        return root
+
+    def _table(self) -> CSVRoot:
+        from data_loaders.prepare.csv_table import CSVRoot
+
+        return CSVRoot(self.path, self.images, self.validation, self.test, self.validation_fraction)
+
+
+DataConfig = Annotated[WorldData | EmojiData | FolderData | CSVData, Field(discriminator="type")]

@@ -76,8 +76,16 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = verb("predict", _predict, "Answer an official question file, and write the official results file.")
     predict.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or a checkpoint in one")
-    predict.add_argument("--task", choices=("vqav2", "gqa", "nlvr2"), help="of the questions (default: the model's)")
-    predict.add_argument("--questions", type=Path, required=True, metavar="FILE", help="as the authors publish it")
+    predict.add_argument(
+        "--task", choices=("vqav2", "gqa", "nlvr2", "csv"), help="of the questions (default: the model's)"
+    )
+    predict.add_argument(
+        "--questions",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="as the authors publish it, or a table of your own (csv)",
+    )
     predict.add_argument("--images", type=Path, required=True, metavar="DIR", help="subfolders and zips will do")
     predict.add_argument("--out", type=Path, required=True, metavar="FILE", help="what `vlm score` reads")
     predict.add_argument(

@@ -6,7 +6,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from vlm.hub import LoadedModel, load
 from vlm.models.answering import answer_logits
 from vlm.records import READING_ERRORS, OfficialFile
 from vlm.run import task_of, write_atomically
+from vlm.tasks.csv import CSVTask, read_table
 from vlm.tasks.gqa import GQATask
 from vlm.tasks.gqa import read_questions as read_gqa
 from vlm.tasks.nlvr2 import NLVR2Task
@@ -33,7 +34,7 @@ from vlm.tasks.vqav2 import read_questions as read_vqav2
 
 from vlm.types import Batch, Question
 
-TASKS: Mapping[str, Callable[[], Task]] = {"vqav2": VQAv2Task, "gqa": GQATask, "nlvr2": NLVR2Task}
+TASKS: Mapping[str, Callable[[], Task]] = {"vqav2": VQAv2Task, "gqa": GQATask, "nlvr2": NLVR2Task, "csv": CSVTask}
 
 
 def predict(
@@ -62,7 +63,9 @@ def predict(
     model = _loaded(checkpoint, device, trust_code)
     task, questions = _asked(model, task_name, questions_file)
     with Release(images) as release:
-        pictures = _pictures(task, release)
+        pictures: NamedPictures = NumberedPictures(release) if isinstance(task, VQAv2Task) else NamedPictures(release)
+        if isinstance(task, CSVTask):
+            pictures = PicturesByPath(release)
         missing = _missing(questions, pictures, images, allow_missing)
         lost: set[str] = set(missing)
 
@@ -186,7 +189,7 @@ def _asked(model: LoadedModel, name: str | None, file: Path) -> tuple[Task, list
     name = name or own.type
     if name not in TASKS:
         raise UserError(f"the model's own task is {name}, whose questions have no official form. Give --task")
-    task = TASKS[name]()
+    task = CSVTask(num_images=2 if own.images_per_text == 2 else 1) if name == "csv" else TASKS[name]()
     if task.images_per_text != own.images_per_text:
         raise UserError(
             f"--task {name}: a question is about {task.images_per_text} image(s), but the model was fine-tuned on "
@@ -199,13 +202,11 @@ def _asked(model: LoadedModel, name: str | None, file: Path) -> tuple[Task, list
         read = partial(read_vqav2, annotations=None)
     elif name == "gqa":
         read = partial(read_gqa, labelled=False)
+    elif name == "csv":
+        read = partial(read_table, images_per_text=own.images_per_text, labelled=False)
     else:
         read = read_nlvr2
     return task, unique(read, OfficialFile.given(file))
-
-
-def _pictures(task: Task, release: Release) -> NamedPictures:
-    return NumberedPictures(release) if isinstance(task, VQAv2Task) else NamedPictures(release)
 
 
 class NamedPictures:
@@ -243,6 +244,20 @@ class NumberedPictures(NamedPictures):
     def key_of(self, stem: str) -> str:
         number = stem.rpartition("_")[2]
         return str(int(number)) if number.isascii() and number.isdigit() else stem
+
+
+class PicturesByPath(NamedPictures):
+    """Images by their paths below the folder."""
+
+    def __init__(self, release: Release) -> None:
+        super().__init__(release)
+        named = [entry for entries in self.entries.values() for entry in entries if not entry.member]
+        self.entries.clear()
+        for entry in named:
+            self.entries[release.relative(entry.path)].append(entry)
+
+    def key_of(self, stem: str) -> str:
+        return PurePosixPath(stem.replace("\\", "/")).as_posix()
 
 
 def _missing(questions: Sequence[Question], pictures: NamedPictures, folder: Path, allow: bool) -> frozenset[str]:

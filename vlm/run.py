@@ -546,6 +546,8 @@ def train(config: RunConfig) -> Path:
     folder = config.run_folder
     _refuse_another_run(config, folder)
     if (folder / RESULT).is_file():
+        if config.data.type == "csv":  # a table that changed since must not pass for the one that was learnt
+            _refuse_other_inputs(folder, _inputs(config, config.data.prepare(config.trainer.progress)))
         complete_ledger(config)
         return folder
     start = time.perf_counter()
@@ -612,6 +614,9 @@ def _inputs(config: RunConfig, root: Path) -> dict[str, str]:
         folder = "pairs" if config.data.part == "pairs" else "unimodal"
         names = [f"{folder}/train", f"{folder}/validation"]
     found = {name: config.data.open_index(root, name).fingerprint for name in names if (root / name).is_dir()}
+    if config.data.type == "csv":  # which a user edits now and then
+        files = sorted((root / "csv").glob("*.jsonl"))
+        found |= {f"csv/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files}
     if config.task is None and config.data.part == "pairs":
         found |= {path.as_posix(): content_fingerprint(path) for path in beside_paths(config.supervision)}
     return found
