@@ -31,7 +31,6 @@ from vlm.tasks.nlvr2 import read_questions as read_nlvr2
 from vlm.tasks.task import Task, unique
 from vlm.tasks.vqav2 import VQAv2Task
 from vlm.tasks.vqav2 import read_questions as read_vqav2
-
 from vlm.types import Batch, Question
 
 TASKS: Mapping[str, Callable[[], Task]] = {"vqav2": VQAv2Task, "gqa": GQATask, "nlvr2": NLVR2Task, "csv": CSVTask}

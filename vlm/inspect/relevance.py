@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from vlm.errors import UserError
 from vlm.hub import LoadedModel, Picture
+from vlm.models.answering import answer_logits
 from vlm.run import task_of
-from vlm.training.finetuning import answer_logits
 from vlm.types import Batch
 
 
