@@ -99,6 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("question", metavar="QUESTION", help="in quotes")
     answer.add_argument("--top", type=int, default=5, metavar="N", help="how many answers (default 5)")
 
+    inspect = verb("inspect", _inspect, "Open a local web page to look at predictions and to ask a model.")
+    inspect.add_argument("runs", type=Path, nargs="+", metavar="RUN|CHECKPOINT", help="one, or two runs to compare")
+    inspect.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default: this machine alone")
+    inspect.add_argument("--port", type=int, default=0, metavar="N", help="default: a free one")
+    inspect.add_argument(
+        "--set", action="append", default=[], metavar="key=value", help="such as another split; repeat"
+    )
+    inspect.add_argument("--trust-code", action="store_true", help="run outside code that the config names")
+
     for each in (predict, answer):
         each.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU where there is one)")
         each.add_argument("--trust-code", action="store_true", help="run outside code that the config names")
@@ -378,6 +387,12 @@ def _answer(options: argparse.Namespace) -> None:
     for answer, probability in best:
         table.add_row(Text(_printable(answer)), f"{probability:.1%}")
     Console().print(table)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from vlm.inspect.inspecting import inspect
+
+    inspect(options.runs, options.set, options.host, options.port, options.trust_code)
 
 
 def _study(options: argparse.Namespace) -> None:
