@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -68,10 +69,24 @@ class TrainerConfig(Config):
     strategy: str = not_identity("auto")  # Lightning's names: ddp, fsdp, ddp_find_unused_parameters_true, ...
     progress: bool = not_identity(True)
     log_every_steps: PositiveInt = not_identity(20, gt=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1)  # what is validated and handed on: a moving average of weights
+    average_last: PositiveInt | None = None  # or the mean of the weights at the last so many of
+    average_every_steps: PositiveInt = 100  # every so many steps, the final step being one
+    on_bad_loss: Literal["stop", "skip"] = "stop"  # what a step does whose loss is no number, or a spike
+    spike_factor: float | None = Field(None, gt=1)  # times the median of 100 steps; None: no loss is a spike
+    max_skips_in_a_row: PositiveInt = 10
+    compile: bool = not_identity(False)  # the repeated blocks; as the device, it changes numbers by rounding alone
+    peak_flops: PositiveFloat | None = not_identity(None)  # of a device, for its utilisation; None: as the GPU is known
+    keep_every_steps: PositiveInt | None = not_identity(None)  # keeps checkpoints for `continue_from`; None: none
 
     @property
     def world_size(self) -> int:
         return self.devices * self.num_nodes
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights that are handed on are an average over steps."""
+        return self.ema_decay is not None or self.average_last is not None
 
     @property
     def micro_batch_size(self) -> int:
@@ -94,6 +109,10 @@ class TrainerConfig(Config):
     def _divides(self) -> TrainerConfig:
         if self.passes is not None and self.samples is not None:
             raise ValueError("give passes or samples, not both")
+        if self.ema_decay is not None and self.average_last is not None:
+            raise ValueError("give ema_decay or average_last, not both")
+        if self.averages and "fsdp" in self.strategy:
+            raise ValueError("strategy=fsdp shards the weights, which cannot be averaged. Give ema_decay=null")
         if self.batch_size % (self.world_size * self.accumulate):
             raise ValueError(
                 f"batch_size must be a multiple of devices * num_nodes * accumulate. "
@@ -118,6 +137,7 @@ class RunConfig(Config):
     folder: Path | None = not_identity(None)  # None: `runs/<name>-<fingerprint>`
     seed: NonNegativeInt = 0
     start_from: RunReference | None = None  # a run folder whose model this run continues
+    continue_from: RunReference | None = not_identity(None)  # a run of another budget that began as this one does
     data: DataConfig = WorldData()
     model: ModelConfig = ModelConfig()
     supervision: SupervisionConfig = SupervisionConfig()
@@ -135,6 +155,11 @@ class RunConfig(Config):
             raise ValueError("trainer.strategy=fsdp cannot clip by norm. Give optimizer.clip_norm=null")
         if self.task is not None and self.data.is_remote:
             raise ValueError("data.root: a URL serves pretraining alone. Copy the data of the task into a folder")
+        if self.continue_from is not None and (self.trainer.select == "best" or self.trainer.average_last is not None):
+            raise ValueError(
+                "continue_from: what belongs to a whole run does not carry over. Give trainer.select=last "
+                "and trainer.average_last=null"
+            )
         for name, objective in self.objectives.items():
             wanted = _part_of(objective)
             if wanted is not None and wanted != self.data.part:
@@ -646,12 +671,17 @@ def _fit(
 ) -> dict[str, Any]:
     """Train with Lightning; returns steps, examples seen and the checkpoint to hand on."""
     from data_loaders.loader import evaluation_loader, train_loader
+    from vlm.training.compiling import compile_blocks
     from vlm.training.trainer import TellProgress, build_trainer
 
     options, folder = config.trainer, config.run_folder
     last = folder / LAST
     trainer = build_trainer(config, module.num_steps)
     encode_frozen_images(config, module.model, train_source, module.num_steps)
+    if options.compile:
+        compile_blocks(module.model)
+    if config.continue_from is not None and module.num_steps and not last.is_file():
+        _begin_as(config, config.continue_from, module.num_steps, len(train_source))
     if module.num_steps == 0:  # a fraction of 0: the model as it was initialised is the result
         trainer.strategy.connect(module)
         trainer.save_checkpoint(last)
@@ -689,6 +719,51 @@ def _fit(
         "metrics": metrics,
         "examples_per_second": next((one.examples_per_second for one in told if isinstance(one, TellProgress)), None),
     }
+
+
+def _begin_as(config: RunConfig, trunk: Path, num_steps: int, num_examples: int) -> None:
+    """Take the last checkpoint that `trunk` kept and that this run would have come to as well, optimizer and all.
+
+    The run then ends with the numbers of one that was never interrupted.
+    """
+    if not (trunk / CONFIG).is_file():
+        raise UserError(f"continue_from: {trunk} is no run ({CONFIG} is missing)")
+    theirs = load_yaml(trunk / CONFIG, RunConfig)
+    ours, others = _without_budget(config), _without_budget(theirs)
+    if fingerprint(ours) != fingerprint(others):
+        sections = [(name, getattr(ours, name), getattr(others, name)) for name in RunConfig.model_fields]
+        differing = [
+            name for name, a, b in sections if (fingerprint(a) != fingerprint(b) if isinstance(a, Config) else a != b)
+        ]
+        raise UserError(f"continue_from: {trunk} differs in more than schedule and budget: in {', '.join(differing)}")
+    if (trunk / INPUTS).read_text() != (config.run_folder / INPUTS).read_text():
+        raise UserError(f"continue_from: {trunk} learns from other data than this run ({INPUTS} of both)")
+    rate = config.optimizer.rate_factor(num_steps)
+    their_rate = theirs.optimizer.rate_factor(theirs.trainer.num_steps(num_examples))
+    # A checkpoint holds the rate of the step that follows it too.
+    shared = next((step for step in range(num_steps) if rate(step) != their_rate(step)), num_steps) - 1
+    kept = {int(file.stem.removeprefix("step-")): file for file in trunk.glob("step-*.ckpt")}
+    if not (usable := [step for step in kept if step <= shared]):
+        found = f"the first one is of step {min(kept):,}" if kept else "there is none"
+        raise UserError(
+            f"continue_from: both schedules agree up to step {max(shared, 0):,}, and {trunk} kept no checkpoint until "
+            f"then ({found}). Give the trunk trainer.keep_every_steps, and both the same optimizer.warmup_steps"
+        )
+    partial = config.run_folder / f"{LAST}.{os.getpid()}"  # each rank makes the same file
+    shutil.copyfile(kept[max(usable)], partial)
+    os.replace(partial, config.run_folder / LAST)
+
+
+def _without_budget(config: RunConfig) -> RunConfig:
+    """What a run shares with those of other schedules and budgets, and of other looks at how it goes."""
+    schedule = ("decay", "cooldown_fraction", "warmup_fraction", "warmup_steps")
+    budget = ("passes", "samples", "validate_every_steps", "validation_examples", "select")
+    changed: dict[str, Any] = {"name": "run", "folder": None, "continue_from": None, "declared": DeclaredConfig()}
+    for section, names in (("optimizer", schedule), ("trainer", budget)):
+        value = getattr(config, section)
+        defaults = {name: type(value).model_fields[name].default for name in names}
+        changed[section] = value.model_copy(update=defaults)
+    return config.model_copy(update=changed)
 
 
 def _evaluate(

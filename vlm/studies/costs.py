@@ -197,8 +197,11 @@ def shape_of(config: RunConfig) -> str:
     return json.dumps([model, objectives, config.data.part, turn], sort_keys=True, default=str)
 
 
-def measure_step(config: RunConfig) -> Step:
-    """One training step of the run's model on random inputs; its products are counted and not computed."""
+def measure_step(config: RunConfig, text_tokens: int | None = None) -> Step:
+    """One training step of the run's model on random inputs; its products are counted and not computed.
+
+    `text_tokens`: how long its texts are; None: as long as they may be.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -206,7 +209,7 @@ def measure_step(config: RunConfig) -> Step:
         return Step(0.0, 0, count_parameters(config)["total"], 0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module, batch = _module_and_batch(config)
+        module, batch = _module_and_batch(config, text_tokens or config.model.language.max_tokens)
         parameters = list(module.parameters())
         kept: dict[int, int] = {}
         own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
@@ -250,15 +253,15 @@ def _without_products() -> Iterator[None]:
         yield
 
 
-def _module_and_batch(config: RunConfig) -> tuple[TrainingModule, Batch]:
-    """The training module with zeros for weights, and a batch of random examples of full length."""
+def _module_and_batch(config: RunConfig, tokens: int) -> tuple[TrainingModule, Batch]:
+    """The training module with zeros for weights, and a batch of random examples with texts of `tokens` tokens."""
     import torch
 
     from vlm.training.finetuning import Finetuning
     from vlm.training.pretraining import Pretraining
     from vlm.types import Batch, Source
 
-    count, tokens = NUM_MEASURED, config.model.language.max_tokens
+    count = NUM_MEASURED
     task: Any = task_of(config)
     with torch.device("meta"):
         model = without_weights(config.model).build()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from vlm.config import Config
 from vlm.models.adaptation import Depth
@@ -23,7 +24,11 @@ class Multipliers(Config):
 
 
 class OptimizerConfig(Config):
-    """AdamW and its schedule. Defaults: the reference paper's pretraining (arXiv 2211.00262, appendix)."""
+    """AdamW and its schedule. Defaults: the reference paper's pretraining (arXiv 2211.00262, appendix).
+
+    `decay=cooldown` is constant until the last `cooldown_fraction` of the steps, and falls there as 1 - sqrt (Haegele
+    et al., arXiv 2405.18392). Runs of many budgets then share their beginning: `continue_from`.
+    """
 
     learning_rate: PositiveFloat = 1e-4
     multipliers: Multipliers = Multipliers()
@@ -33,19 +38,28 @@ class OptimizerConfig(Config):
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     weight_decay: NonNegativeFloat = 0.01
     warmup_fraction: float = Field(0.1, ge=0, le=1)
-    decay: Literal["linear", "none"] = "linear"
+    warmup_steps: NonNegativeInt | None = None  # in place of the fraction: the same whatever the budget
+    decay: Literal["linear", "cosine", "cooldown", "none"] = "linear"
+    cooldown_fraction: float = Field(0.2, ge=0, le=1)
     clip_norm: PositiveFloat | None = None
 
     def rate_factor(self, num_steps: int) -> Callable[[int], float]:
-        """Step -> factor on every learning rate: linear warm-up to 1, then linear decay to 0 at `num_steps`."""
-        warmup = max(1, round(self.warmup_fraction * num_steps))
+        """Step -> factor on every learning rate: linear warm-up to 1, then `decay` to 0 at `num_steps`."""
+        warmup, warms_up = max(1, round(self.warmup_fraction * num_steps)), self.warmup_fraction > 0
+        if self.warmup_steps is not None:
+            warmup, warms_up = self.warmup_steps, self.warmup_steps > 0
+        cooldown = round(self.cooldown_fraction * num_steps)
 
         def factor(step: int) -> float:
-            if step < warmup and self.warmup_fraction > 0:
+            if step < warmup and warms_up:
                 return (step + 1) / (warmup + 1)
             if self.decay == "none":
                 return 1.0
-            return max(0.0, (num_steps - step) / max(1, num_steps - warmup))
+            if self.decay == "cooldown":
+                gone = (step - (num_steps - cooldown)) / max(1, cooldown)
+                return 1.0 - math.sqrt(min(max(gone, 0.0), 1.0))
+            left = max(0.0, (num_steps - step) / max(1, num_steps - warmup))
+            return left if self.decay == "linear" else (1 - math.cos(math.pi * min(left, 1.0))) / 2
 
         return factor
 

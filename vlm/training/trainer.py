@@ -6,9 +6,11 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,10 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, T
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vlm.errors import UserError
+from vlm.training.averaging import AveragedWeights, BestAverage
+from vlm.training.bad_steps import BadSteps
 from vlm.training.damage import DamagedExamples
+from vlm.training.throughput import Throughput, peak_flops
 
 if TYPE_CHECKING:
     from vlm.run import RunConfig
@@ -63,20 +68,28 @@ def build_trainer(config: RunConfig, num_steps: int) -> lightning.Trainer:
     if precision == "auto":
         precision = "bf16-mixed" if torch.cuda.is_available() and options.accelerator != "cpu" else "32-true"
     callbacks: list[Callback] = [DamagedExamples(folder)] if config.data.damaged == "skip" else []
+    callbacks.append(BadSteps(folder, options.on_bad_loss, options.spike_factor, options.max_skips_in_a_row))
+    peak = options.peak_flops or peak_flops(precision)
+    callbacks.append(Throughput(options.batch_size, peak, partial(_flops_of_example, config)))
+    average = None
+    if options.averages:
+        last, every = options.average_last or 1, options.average_every_steps
+        average = AveragedWeights(num_steps, options.ema_decay, last, every)
+        callbacks.append(average)
     if options.select == "best":
         monitor, mode = ("validation/loss", "min") if config.task is None else ("validation/accuracy", "max")
-        callbacks.append(
-            ModelCheckpoint(
-                dirpath=folder,
-                filename="best",
-                monitor=monitor,
-                mode=mode,
-                save_weights_only=True,
-                enable_version_counter=False,
-            )
-        )
+        best: dict[str, Any] = {
+            "dirpath": folder,
+            "filename": "best",
+            "monitor": monitor,
+            "mode": mode,
+            "save_weights_only": True,
+            "enable_version_counter": False,
+        }
+        callbacks.append(ModelCheckpoint(**best) if average is None else BestAverage(average, **best))
     # After the best one, so that its state in `last.ckpt` knows the validation of the same step.
-    callbacks.append(_SaveLast(folder / "last.ckpt", options.checkpoint_every_steps, validate_every))
+    save = options.checkpoint_every_steps, validate_every, options.keep_every_steps
+    callbacks.append(_SaveLast(folder / "last.ckpt", *save))
     callbacks.append(TellProgress(folder / "progress.json", num_steps, options.batch_size))
     if options.progress:
         callbacks.append(TQDMProgressBar(refresh_rate=5))
@@ -121,10 +134,12 @@ class _SaveLast(Checkpoint):
     """Saves `last.ckpt` every so many steps and at the end, after the validation of that step where one is due.
 
     Saved before it, a run killed in between would skip that validation, and could hand on another best checkpoint.
+    With `keep_every` that of each so many steps stays as `step-00000100.ckpt`.
     """
 
-    def __init__(self, file: Path, every_steps: int, validate_every: int) -> None:
+    def __init__(self, file: Path, every_steps: int, validate_every: int, keep_every: int | None = None) -> None:
         self.file, self.every_steps, self.validate_every = file, every_steps, validate_every
+        self.keep_every = keep_every
         self.saved = 0
 
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
@@ -132,21 +147,29 @@ class _SaveLast(Checkpoint):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         step = trainer.global_step
-        if step != self.saved and step % self.every_steps == 0 and step % self.validate_every:
+        if step != self.saved and (step % self.every_steps == 0 or self._keeps(step)) and step % self.validate_every:
             self._save(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         step = trainer.global_step
-        if step // self.every_steps > self.saved // self.every_steps:
+        if step // self.every_steps > self.saved // self.every_steps or (step != self.saved and self._keeps(step)):
             self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.global_step != self.saved:
             self._save(trainer)
 
+    def _keeps(self, step: int) -> bool:
+        return self.keep_every is not None and step % self.keep_every == 0
+
     def _save(self, trainer: lightning.Trainer) -> None:
+        step = trainer.global_step
         trainer.save_checkpoint(self.file)
-        self.saved = trainer.global_step
+        if self._keeps(step) and trainer.is_global_zero:
+            partial = self.file.with_name(f"step-{step:08}.partial")
+            shutil.copyfile(self.file, partial)
+            os.replace(partial, partial.with_suffix(".ckpt"))
+        self.saved = step
 
 
 class TellProgress(Callback):
@@ -176,6 +199,12 @@ class TellProgress(Callback):
             partial = self.file.with_name(f".{self.file.name}")
             partial.write_text(json.dumps(told))
             partial.replace(self.file)
+
+
+def _flops_of_example(config: RunConfig, tokens: int) -> float:
+    from vlm.studies.costs import measure_step
+
+    return measure_step(config, tokens or None).flops
 
 
 def _uses_all(config: RunConfig) -> bool:
