@@ -676,7 +676,7 @@ def _fit(
 
     options, folder = config.trainer, config.run_folder
     last = folder / LAST
-    trainer = build_trainer(config, module.num_steps)
+    trainer = build_trainer(config, module.num_steps, partial(_flops_of_example, config))
     encode_frozen_images(config, module.model, train_source, module.num_steps)
     if options.compile:
         compile_blocks(module.model)
@@ -719,6 +719,12 @@ def _fit(
         "metrics": metrics,
         "examples_per_second": next((one.examples_per_second for one in told if isinstance(one, TellProgress)), None),
     }
+
+
+def _flops_of_example(config: RunConfig, text_tokens: int) -> float:
+    from vlm.studies.costs import measure_step
+
+    return measure_step(config, text_tokens or None).flops
 
 
 def _begin_as(config: RunConfig, trunk: Path, num_steps: int, num_examples: int) -> None:

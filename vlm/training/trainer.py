@@ -9,8 +9,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +58,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(partial, path)
 
 
-def build_trainer(config: RunConfig, num_steps: int) -> lightning.Trainer:
-    """A Trainer for `num_steps` optimizer steps that logs to TensorBoard and keeps the last and best checkpoints."""
+def build_trainer(config: RunConfig, num_steps: int, flops_of_example: Callable[[int], float]) -> lightning.Trainer:
+    """A Trainer for `num_steps` optimizer steps that logs to TensorBoard and keeps the last and best checkpoints.
+
+    `flops_of_example`: the operations that training on one example takes, by the tokens of its text.
+    """
     quiet_lightning()
     options, folder = config.trainer, config.run_folder
     validate_every = min(options.validate_every_steps or num_steps, num_steps) or 1
@@ -70,7 +72,7 @@ def build_trainer(config: RunConfig, num_steps: int) -> lightning.Trainer:
     callbacks: list[Callback] = [DamagedExamples(folder)] if config.data.damaged == "skip" else []
     callbacks.append(BadSteps(folder, options.on_bad_loss, options.spike_factor, options.max_skips_in_a_row))
     peak = options.peak_flops or peak_flops(precision)
-    callbacks.append(Throughput(options.batch_size, peak, partial(_flops_of_example, config)))
+    callbacks.append(Throughput(options.batch_size, peak, flops_of_example))
     average = None
     if options.averages:
         last, every = options.average_last or 1, options.average_every_steps
@@ -199,12 +201,6 @@ class TellProgress(Callback):
             partial = self.file.with_name(f".{self.file.name}")
             partial.write_text(json.dumps(told))
             partial.replace(self.file)
-
-
-def _flops_of_example(config: RunConfig, tokens: int) -> float:
-    from vlm.studies.costs import measure_step
-
-    return measure_step(config, tokens or None).flops
 
 
 def _uses_all(config: RunConfig) -> bool:
