@@ -10,7 +10,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -59,6 +59,7 @@ class TrainerConfig(Config):
     select: Literal["best", "last"] = "best"  # the checkpoint that is scored and handed on
     validate_every_steps: PositiveInt | None = None  # None: at the end only
     validation_examples: NonNegativeInt | None = None  # None: all
+    validation_pictures: NonNegativeInt = not_identity(4)  # questions drawn into TensorBoard each time; 0: none
     evaluation_batch_size: PositiveInt = not_identity(256, gt=0)
     checkpoint_every_steps: PositiveInt = not_identity(500, gt=0)
     accelerator: str = not_identity("auto")
@@ -677,6 +678,12 @@ def _fit(
     options, folder = config.trainer, config.run_folder
     last = folder / LAST
     trainer = build_trainer(config, module.num_steps, partial(_flops_of_example, config))
+    if options.validation_pictures and hasattr(validation_source, "questions"):
+        from vlm.training.pictures import PredictionPictures
+
+        answers = cast("tuple[str, ...]", module.answers)
+        pictures = PredictionPictures(validation_source.questions, answers, options.validation_pictures)
+        trainer.callbacks.append(pictures)  # type: ignore[attr-defined]  # Lightning's connector sets it
     encode_frozen_images(config, module.model, train_source, module.num_steps)
     if options.compile:
         compile_blocks(module.model)

@@ -63,7 +63,10 @@ class Finetuning(TrainingModule):
         targets = cast(Tensor, batch.targets)
         return {"answers": len(targets) if self.multi_label else int((targets != -100).sum())}
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss, accuracy = self.loss_of(self.logits_of(batch), cast(Tensor, batch.targets))
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The logits, for whoever shows the answers."""
+        logits = self.logits_of(batch)
+        loss, accuracy = self.loss_of(logits, cast(Tensor, batch.targets))
         values = {"validation/loss": loss, "validation/accuracy": 100 * accuracy}
         self.log_dict(values, batch_size=len(batch.keys), sync_dist=True, prog_bar=True)
+        return logits
