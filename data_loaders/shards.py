@@ -36,6 +36,7 @@ from safetensors.numpy import save_file
 
 from data_loaders.remote import RemoteFolder
 from vlm.errors import UserError
+from vlm.sharing import share
 from vlm.supervision.subset import Positions, Window
 from vlm.types import Damage, Record
 
@@ -259,6 +260,7 @@ class _ShardWriter:
             "json_size": columns[:, 4].astype(np.int32),
         }
         save_file(arrays, self.folder / "index.safetensors")
+        share(self.folder / "index.safetensors")
         header: dict[str, Any] = {"format": FORMAT, "examples": len(self.hashes), "shards": self.shards}
         header |= self.contents.header()
         if made_by:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from data_loaders.images import Images
 from data_loaders.shards import DamagedError
+from vlm.sharing import share
 from vlm.types import Damage
 
 STATES = "states"
@@ -136,6 +137,7 @@ class StateStore:
             raise
         except Exception as error:  # safetensors' own, for a full disk too
             raise OSError(None, str(error)) from None
+        share(partial)
         partial.replace(file)
 
     def _fits(self, more: int, max_bytes: int) -> bool:

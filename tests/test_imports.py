@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module belongs to the entry that names it most closely, and may import what stands before it or beside it.
 LAYERS = (
-    ("vlm.types", "vlm.errors", "vlm.config", "vlm.records", "vlm.locks", "vlm.ray_cluster"),
+    ("vlm.types", "vlm.errors", "vlm.config", "vlm.records", "vlm.locks", "vlm.sharing", "vlm.ray_cluster"),
     (
         "vlm.models",
         "vlm.objectives",

@@ -31,6 +31,7 @@ from vlm.exports import (
 from vlm.hub import LoadedModel, load, place_of
 from vlm.model_card import model_card
 from vlm.run import CONFIG, EXPORT, RESULT, TOKENIZER, RunConfig, read_checkpoint
+from vlm.sharing import share
 from vlm.supervision.ledger import LEDGER
 from vlm.weights import untied
 
@@ -47,6 +48,7 @@ def export(run: str | Path, folder: str | Path, trust_code: bool = False, revisi
     with _whole_folder(Path(folder)) as partial:
         states = untied(read_checkpoint(source, name)["state_dict"])
         save_file(states, partial / WEIGHTS, metadata={"format": "pt"})
+        share(partial / WEIGHTS)
         config = portable(model.config)
         _write(partial / CONFIG, dump_yaml(config))
         _write(partial / TOKENIZER, model.tokenizer.backend.to_str(pretty=True))

@@ -20,6 +20,7 @@ from data_loaders.decoding import ImageError
 from data_loaders.progress import progress_bar
 from vlm.errors import UserError
 from vlm.hub import LoadedModel, read_image
+from vlm.sharing import share
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 ROW_GROUP = 1024  # images that are written at a time: 3 MB at a width of 768
@@ -152,6 +153,7 @@ def _safetensors(out: Path) -> Iterator[Write]:
     with _whole_file(out) as partial:
         yield write
         save_file({"features": np.concatenate(rows)}, partial, {"images": json.dumps(names)})
+        share(partial)
 
 
 @contextmanager

@@ -77,6 +77,10 @@ def test_records_come_back_as_they_were_in_hash_order(folder: Path) -> None:
     assert [reader[number] for number in (9, 0, 5)] == [expected[number] for number in (9, 0, 5)]
 
 
+def test_colleagues_may_read_all_of_a_folder(folder: Path) -> None:
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
 def test_the_index_says_where_each_key_lies(folder: Path) -> None:
     reader = ShardReader(open_index(folder))
     assert [reader.position(record.key) for record in reader] == list(range(COUNT))

@@ -23,6 +23,12 @@ def test_items_read_back_as_they_were_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "items.safetensors"]
 
 
+def test_colleagues_may_read_what_is_written(tmp_path: Path) -> None:
+    write_items(tmp_path / "items.safetensors", make_items(["a"], [1], ["x"]))
+    (tmp_path / "new").touch()
+    assert (tmp_path / "items.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_the_hash_of_the_questions_tells_their_order() -> None:
     def digest(*ids: str) -> str:
         return make_items(ids, [0.0] * len(ids), ids).questions

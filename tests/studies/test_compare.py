@@ -75,6 +75,8 @@ def test_an_axis_is_a_label_a_source_or_a_key_of_the_config(finished: Finished) 
     assert axis_value(job, "pretrain:trainer.batch_size") == str(job.upstream["start_from"].config.trainer.batch_size)
     with pytest.raises(UserError, match=r"no such label or key\. Did you mean 'supervision.fraction'"):
         axis_value(job, "supervision.fractoin")
+    with pytest.raises(UserError, match=r"no such label or key\. Did you mean 'supervision\."):
+        axis_value(job, "supervision")  # a section, not a value
     for axis in ("seed", "task"):
         with pytest.raises(UserError, match=f"--by {axis}: the "):
             check_axis(axis, finished.jobs)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm.errors import UserError
+from vlm.sharing import share
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +51,7 @@ def write_items(file: Path, items: Items) -> None:
 
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     save_file({"values": items.values, "clusters": items.clusters}, partial, {QUESTIONS: items.questions})
+    share(partial)
     os.replace(partial, file)
 
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.config import did_you_mean
+from vlm.config import Config, did_you_mean
 from vlm.errors import UserError
 from vlm.studies.collect import Score, pretraining_of, source_name
 from vlm.studies.curves import SOURCES, Panel
@@ -154,7 +154,8 @@ def axis_value(job: Job, axis: str) -> str:
     found = _axis(job, axis)
     if found is None:
         labels = ["supervision.source", *(label for label in job.labels if label not in UNGROUPED)]
-        near = get_close_matches(axis, [*labels, *_keys(pretraining_of(job)), *_keys(job)], n=1)
+        keys = [*labels, *_keys(pretraining_of(job)), *_keys(job)]
+        near = get_close_matches(axis, keys, n=1) or [key for key in keys if key.startswith(f"{axis}.")][:1]
         guess = f" Did you mean {near[0]!r}?" if near else ""
         others = f"Available: {', '.join(labels)}, and every key that `vlm show` prints"
         raise UserError(f"--by {axis}: the study has no such label or key.{guess} {others}")
@@ -205,6 +206,8 @@ def _lookup(job: Job, key: str) -> str | None:
             value = getattr(value, part)
         else:
             return None
+    if isinstance(value, Config | Mapping):
+        return None  # a section is no value to group by
     return value.name if isinstance(value, Path) else str(value)
 
 
