@@ -5,7 +5,7 @@ VENV ?= .venv
 # Test processes, with one torch thread each.
 JOBS ?= 2
 
-.PHONY: quickstart test test-slow check clean
+.PHONY: quickstart test test-slow check docs clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/vlm study quickstart
@@ -21,8 +21,12 @@ check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+# Into .site; a warning is an error.
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -c vlm/docs vlm/docs/pages .site
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .site
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,4 +38,8 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --editable '.[test]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --editable '.[docs]'
 	touch $@ $(VENV)/.installed

@@ -43,7 +43,7 @@ LAYERS = (
         "vlm.predicting",
         "vlm.inspect",
     ),
-    ("vlm", "vlm.cli"),
+    ("vlm", "vlm.cli", "vlm.docs"),
 )
 ENTRIES = {entry: number for number, layer in enumerate(LAYERS) for entry in layer}
 

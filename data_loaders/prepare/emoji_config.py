@@ -16,10 +16,10 @@ class EmojiConfig(Config):
 
     type: Literal["emoji"] = "emoji"
     image_pixels: PositiveInt = 128
-    training_styles: tuple[Style, ...] = Field(("noto", "twemoji"), min_length=1)
-    held_out_style: Style = "openmoji"
-    held_out_fraction: float = Field(0.15, gt=0, lt=1)
-    validation_fraction: float = Field(0.05, gt=0, lt=1)
+    training_styles: tuple[Style, ...] = Field(("noto", "twemoji"), min_length=1)  # in pairs and unimodal images
+    held_out_style: Style = "openmoji"  # in the retrieval set of a new style
+    held_out_fraction: float = Field(0.15, gt=0, lt=1)  # for retrieval alone
+    validation_fraction: float = Field(0.05, gt=0, lt=1)  # of pairs and unimodal images
     exclude_groups: tuple[str, ...] = ("component", "flags")  # skin tones and hair; flags, which Noto does not draw
     num_class_names: int = Field(5, ge=0, le=1000)  # best classes of the image classifier; 0: none, it is not run
 
