@@ -54,7 +54,7 @@ PLAIN = {
     "EmojiConfig.image_pixels": "Pixels of a drawing's side.",
     "QFormerConfig.num_queries": "Learned queries; the default is BLIP-2's, arXiv 2301.12597, section 3.1.",
     "PerceiverConfig.num_latents": "Learned latents; the default is Flamingo's, arXiv 2204.14198.",
-    "TransformersLanguageConfig.max_tokens": "Longer texts are cut; the default is METER's, arXiv 2111.02387, appendix.",
+    "TransformersLanguageConfig.max_tokens": "Longer texts are cut; the default is METER's, arXiv 2111.02387.",
     "LoraConfig.alpha": "Over the rank, the factor on what an adapter adds.",
     "TimmVisionConfig.name": "A model of timm.",
     "TransformersLanguageConfig.name": "A model of transformers, by its name on the hub.",
@@ -143,8 +143,10 @@ def _variants(members: list[Model], path: str, level: int) -> Iterator[Section]:
     ]
     tags = ", ".join(f"`{tag_of(member)}`" for member in members)
     owner = _declared_in(members[0], shared[0]) if shared else None
-    yield _section(owner, path, None, level, shared, f"`{path}.type` is one of {tags}.") if owner else Section(
-        path, None, level, (f"`{path}.type` is one of {tags}.",), ()
+    yield (
+        _section(owner, path, None, level, shared, f"`{path}.type` is one of {tags}.")
+        if owner
+        else Section(path, None, level, (f"`{path}.type` is one of {tags}.",), ())
     )
     if owner is not None:
         yield from _inner(owner, path, level, shared)
@@ -161,9 +163,7 @@ def _section(model: Model, path: str, variant: str | None, level: int, names: li
         field = model.model_fields[name]
         extra = field.json_schema_extra
         is_identity = not (isinstance(extra, dict) and extra.get("identity") is False)
-        keys.append(
-            Key(_joined(path, name), kind_of(field), default_of(field), meaning_of(model, name), is_identity)
-        )
+        keys.append(Key(_joined(path, name), kind_of(field), default_of(field), meaning_of(model, name), is_identity))
     return Section(path, variant, level, tuple(filter(None, (first, *text))), tuple(keys))
 
 
@@ -207,7 +207,7 @@ def tag_of(model: Model) -> str:
 
 def _declared_in(model: Model, name: str) -> Model | None:
     """The class that declares a field as this one has it."""
-    return next((c for c in model.__mro__ if name in c.__dict__.get("__annotations__", {})), None)
+    return next((c for c in model.__mro__ if name in inspect.get_annotations(c)), None)
 
 
 def _joined(path: str, name: str) -> str:

@@ -18,8 +18,8 @@ class Block(nn.Module):
         self.outer = nn.Conv2d(2 * width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.outer(nn.functional.gelu(self.inner(self.norm(x))))
-        return x
+        change: Tensor = self.outer(nn.functional.gelu(self.inner(self.norm(x))))
+        return x + change
 
 
 class ResidualGrid(nn.Module):

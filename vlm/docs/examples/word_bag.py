@@ -16,14 +16,13 @@ class WordBag(nn.Module):
     def __init__(self, width: int = 64, max_tokens: int = 50) -> None:
         super().__init__()
         self.width = width
-        self.vocabulary_size = VOCABULARY_SIZE  # masked_language needs it for its logits
         self.word = nn.Embedding(VOCABULARY_SIZE, width)
         self.position = nn.Embedding(max_tokens, width)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(1))
 
     def forward(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """[n l] token ids, and True at real tokens -> [n l d] states, CLS first."""
-        x = self.word(text_ids) + self.position(torch.arange(text_ids.shape[1], device=text_ids.device))
+        x: Tensor = self.word(text_ids) + self.position(torch.arange(text_ids.shape[1], device=text_ids.device))
         for block in self.blocks:
             x = x + block(x)
         return x
