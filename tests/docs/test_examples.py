@@ -15,7 +15,11 @@ import pytest
 
 import vlm
 from vlm.cli import main
+from vlm.config import load_yaml
 from vlm.errors import UserError
+from vlm.run import RunConfig
+from vlm.supervision.sources import supervise
+from vlm.types import Record
 
 DOCS = Path(__file__).parents[2] / "vlm" / "docs"
 SMALL_WORLD = [
@@ -91,11 +95,13 @@ def test_the_objective_of_the_page_is_logged_beside_the_others() -> None:
     assert {"validation/words/loss", "validation/words/recall", "validation/matching/loss"} <= set(metrics)
 
 
-def test_the_source_of_the_page_is_what_a_run_sees() -> None:
+def test_the_source_of_the_page_is_what_a_run_sees_and_counts_as_pairs() -> None:
     [folder] = run_page("source")
+    [source] = load_yaml(folder / "config.yaml", RunConfig).supervision.sources
+    example = supervise(Record("key", captions=("a red circle above a square",)), [source])
+    assert (example.text, example.source) == ("a red circle", "human")
     ledger = json.loads((folder / "ledger.json").read_text())
-    assert '"pairs"' in json.dumps(ledger)
-    assert result(folder)["examples"] == 64
+    assert ledger["distinct"]["fusion"]["pairs"] == 64
 
 
 def test_the_dataset_and_the_task_of_the_pages_are_prepared_trained_and_scored() -> None:

@@ -13,7 +13,7 @@ import re
 import tokenize
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,8 +49,8 @@ PLAIN = {
     "target": "`package.module:Class`, installed or beside the folder where `vlm` runs.",
     "FolderData.root": "The folder, the URL or the command.",
     "FolderData.decode": "JPEGs at the smallest scale that serves, or whole.",
-    "CsvData.validation": "A table that validates, in place of a part of the first.",
-    "CsvData.test": "A table that is scored at the end.",
+    "CSVData.validation": "A table that validates, in place of a part of the first.",
+    "CSVData.test": "A table that is scored at the end.",
     "max_skips_in_a_row": "After so many skipped steps the run ends.",
     "WorldConfig.max_objects": "Of a scene.",
     "WorldConfig.seed": "Of the scenes, not of the run.",
@@ -225,7 +225,7 @@ def kind_of(field: FieldInfo) -> str:
     return _within(_kind(field.annotation), field.metadata)
 
 
-def _within(kind: str, metadata: typing.Iterable[Any]) -> str:
+def _within(kind: str, metadata: Iterable[Any]) -> str:
     bounds = ", ".join(_bounds(list(metadata)))
     return f"{kind} {bounds}" if bounds else kind
 
@@ -379,7 +379,7 @@ def _sentences(paragraph: str) -> list[str]:
     return re.split(r"(?<=[.!?])\s+(?=[A-Z`])", " ".join(paragraph.split())) if paragraph.strip() else []
 
 
-def _sentence(text: str, values: typing.Sequence[str] = ()) -> str:
+def _sentence(text: str, values: Sequence[str] = ()) -> str:
     """The text with a capital and a full stop. One of `values` that it begins with, as in "skip: ...", is code."""
     text = text.strip()
     if not text:
