@@ -187,3 +187,38 @@ def test_blocks_are_those_that_the_features_pass_through(name: str, num_blocks: 
     with torch.no_grad():
         encoder(_images(encoder, 1))
     assert len(passed) == num_blocks and all(a is b for a, b in zip(passed, encoder.blocks, strict=True))
+
+
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_convnext.r160_in1k", "vit_base_patch32_siglip_256"])
+def test_gradients_reach_all_that_is_trained(name: str) -> None:
+    encoder = TimmVision(name, pretrained=False, image_pixels=64)
+    encoder(_images(encoder)).square().sum().backward()
+    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.grad is not None for parameter in trained)
+    frozen = [name for name, parameter in encoder.named_parameters() if not parameter.requires_grad]
+    assert all("head" in name for name in frozen)  # ConvNeXt's norm, which stands behind its features
+
+
+def test_what_pools_by_attention_has_its_pooled_state_in_front() -> None:
+    encoder = TimmVision("vit_base_patch32_siglip_256", pretrained=False, image_pixels=64).eval()
+    image = _images(encoder)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(image)[:, 0], encoder.model(image), atol=1e-5, rtol=0)
+
+
+def test_features_that_are_no_sequence_are_refused_when_the_encoder_is_built() -> None:
+    with pytest.raises(UserError, match="CrossVit gives a list of features"):
+        TimmVision("crossvit_9_240", pretrained=False)
+
+
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "swin_tiny_patch4_window7_224.ms_in1k"])
+def test_weights_of_a_run_at_another_image_size_are_resampled(name: str) -> None:
+    small, large = (TimmVision(name, pretrained=False, image_pixels=pixels) for pixels in (224, 448))
+    large.load_state_dict(small.state_dict())
+    first = next(name for name in small.state_dict() if "qkv.weight" in name)
+    assert torch.equal(large.state_dict()[first], small.state_dict()[first])
+
+
+def test_stages_without_a_list_of_their_own_are_those_that_timm_marks() -> None:
+    encoder = TimmVision("resnet10t.c3_in1k", pretrained=False)
+    assert encoder.blocks == [getattr(encoder.model, f"layer{number}") for number in range(1, 5)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +21,29 @@ from vlm.errors import UserError
 PACKAGE = "package:"  # weights="package:IMPORT_NAME" takes the checkpoint that an installed package ships
 
 
-class TimmVision(nn.Module):
+class TimmFeatures(nn.Module):
     """Final features of a timm model as tokens `[CLS, ...]`.
 
-    Transformers keep their class token and whatever else precedes the patches (a distillation token, registers).
-    Models without a class token, convolutional ones among them, get the mean of their features as CLS.
-
-    `pretrained=False` builds random weights. Otherwise `weights` says where they come from: None for the hub, a
-    `.safetensors` or `.pth` file, or `package:IMPORT_NAME`. Without `image_pixels` images have the size the model was
-    pretrained at; with it, position embeddings and windows are resampled.
+    Transformers keep their class token and whatever else precedes the patches (a distillation token, registers). What
+    pools by attention (SigLIP's towers) gets its pooled state as CLS. Models without either, convolutional ones among
+    them, get the mean of their features. Parameters behind the features (a head's norm) are not trained.
     """
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
     def __init__(
-        self,
-        name: str,
-        pretrained: bool,
-        image_pixels: int | None = None,
-        weights: Path | str | None = None,
-        patch_dropout: float = 0.0,
+        self, model: Any, image_pixels: int, mean: Sequence[float], std: Sequence[float], interpolation: str
     ) -> None:
         super().__init__()
-        published = published_config(name)
-        # Only models with position embeddings or windows take a size; convolutions run at any.
-        arguments = {"img_size": image_pixels} if image_pixels and published["fixed_input_size"] else {}
-        self.model: Any = _create(name, arguments, pretrained, None if weights is None else str(weights))
+        self.model: Any = model
         self.width = int(self.model.num_features)
-        self.image_pixels = image_pixels or int(published["input_size"][-1])
-        self.mean = tuple(published["mean"])
-        self.std = tuple(published["std"])
-        self.interpolation = str(published["interpolation"])
-        self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
-        cls_token = getattr(self.model, "cls_token", None) is not None
-        if patch_dropout:
-            if not isinstance(getattr(self.model, "patch_drop", None), nn.Identity):
-                raise UserError(f"model.vision.patch_dropout: {name!r} cannot drop patches; a plain ViT can")
-            self.model.patch_drop = PatchDropout(patch_dropout, num_prefix_tokens=self.model.num_prefix_tokens)
-        self.has_cls = bool(getattr(self.model, "has_class_token", cls_token))
+        self.image_pixels = image_pixels
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.interpolation = interpolation
+        self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        cls_token = getattr(model, "cls_token", None) is not None
+        self.has_cls = bool(getattr(model, "has_class_token", cls_token))
+        self.register_load_state_dict_pre_hook(_resample)  # type: ignore[no-untyped-call]  # torch's has none
+        self._freeze_what_follows_the_features()
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -65,6 +51,10 @@ class TimmVision(nn.Module):
         for name in ("blocks", "stages", "layers"):
             if isinstance(found := getattr(self.model, name, None), nn.ModuleList | nn.Sequential):
                 return list(found)
+        # others say after which modules their features change in size
+        named = [self.model.get_submodule(stage["module"]) for stage in getattr(self.model, "feature_info", [])]
+        if found := [module for module in named if any(True for _ in module.parameters())]:
+            return found
         raise UserError(f"timm's {type(self.model).__name__} has no blocks or stages that could be told apart")
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p d"]:
@@ -87,14 +77,76 @@ class TimmVision(nn.Module):
 
     def _tokens(self, features: Any) -> Float[Tensor, "b p d"]:
         if not isinstance(features, Tensor):
-            raise ValueError(f"the model's features must be one tensor. Got a {type(features).__name__}")
+            raise UserError(f"{self._kind} gives a {type(features).__name__} of features; take a model that gives one")
         if features.ndim == 4:
             features = features.flatten(1, 2) if self.channels_last else features.flatten(2).transpose(1, 2)
         if features.ndim != 3 or features.shape[-1] != self.width:
-            raise ValueError(f"features must have shape (b, p, {self.width}). Got {tuple(features.shape)}")
+            raise UserError(f"{self._kind}: features must have shape (b, p, {self.width}). Got {tuple(features.shape)}")
+        if isinstance(getattr(self.model, "attn_pool", None), nn.Module):
+            return torch.cat([self.model.attn_pool(features).unsqueeze(1), features], dim=1)
         if self.has_cls:
             return features  # type: ignore[no-any-return]  # the library gives Any
         return torch.cat([features.mean(1, keepdim=True), features], dim=1)
+
+    def _freeze_what_follows_the_features(self) -> None:
+        """Found by a pass over shapes alone. DDP refuses parameters that wait for a gradient and get none."""
+        named = [*self.named_parameters(), *self.named_buffers()]
+        shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+        parameters = {name: shapes[name].requires_grad_() for name, _ in self.named_parameters()}
+        was_training = self.training
+        self.eval()  # statistics of a single image are none
+        with torch.device("meta"), torch.enable_grad():
+            image = torch.empty(1, 3, self.image_pixels, self.image_pixels)
+            tokens = torch.func.functional_call(self, shapes, (image,))
+        self.train(was_training)
+        gradients = torch.autograd.grad(tokens.sum(), list(parameters.values()), allow_unused=True)
+        for (_, parameter), gradient in zip(self.named_parameters(), gradients, strict=True):
+            if gradient is None:
+                parameter.requires_grad_(False)
+
+    @property
+    def _kind(self) -> str:
+        return f"timm's {type(self.model).__name__}"
+
+
+class TimmVision(TimmFeatures):
+    """A timm model by its name.
+
+    `pretrained=False` builds random weights. Otherwise `weights` says where they come from: None for the hub, a
+    `.safetensors` or `.pth` file, or `package:IMPORT_NAME`. Without `image_pixels` images have the size the model was
+    pretrained at; with it, position embeddings and windows are resampled.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: bool,
+        image_pixels: int | None = None,
+        weights: Path | str | None = None,
+        patch_dropout: float = 0.0,
+    ) -> None:
+        published = published_config(name)
+        # Only models with position embeddings or windows take a size; convolutions run at any.
+        arguments = {"img_size": image_pixels} if image_pixels and published["fixed_input_size"] else {}
+        model = _create(name, arguments, pretrained, None if weights is None else str(weights))
+        pixels = image_pixels or int(published["input_size"][-1])
+        if patch_dropout:
+            if not isinstance(getattr(model, "patch_drop", None), nn.Identity):
+                raise UserError(f"model.vision.patch_dropout: {name!r} cannot drop patches; a plain ViT can")
+            model.patch_drop = PatchDropout(patch_dropout, num_prefix_tokens=model.num_prefix_tokens)
+        super().__init__(model, pixels, published["mean"], published["std"], str(published["interpolation"]))
+
+
+def _resample(module: nn.Module, states: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Weights that were trained at another image size, by the model's own rules for its positions and windows."""
+    ours = {name: tensor.shape for name, tensor in module.model.state_dict().items()}  # type: ignore[union-attr]
+    inner = f"{prefix}model."
+    theirs = {name.removeprefix(inner): value for name, value in states.items() if name.startswith(inner)}
+    if all(theirs[name].shape == shape for name, shape in ours.items() if name in theirs):
+        return
+    adapt = getattr(sys.modules[type(module.model).__module__], "checkpoint_filter_fn", None)
+    if adapt is not None and theirs.keys() == ours.keys():
+        states.update({f"{inner}{name}": value for name, value in adapt(theirs, module.model).items()})
 
 
 def _is_of_one_scale(model: Any) -> bool:
