@@ -153,8 +153,7 @@ def _encoder(name: Component, config: RunConfig) -> tuple[Entry, ...]:
     encoder, declared = getattr(config.model, name), getattr(config.declared, name)
     run, weights = weights_of_run(encoder), getattr(encoder, "weights", None)
     pretrained = getattr(encoder, "pretrained", True)
-    tag = f"/{pretrained}" if isinstance(pretrained, str) else ""
-    model = f"{encoder.type}:{getattr(encoder, 'name', None) or getattr(encoder, 'target', '')}{tag}"
+    model = f"{encoder.type}:{getattr(encoder, 'name', None) or getattr(encoder, 'target', '')}"
     if declared is not None:
         return declared_entries(name, declared, _identity(weights) if weights is not None else model)
     if run is not None:

@@ -76,6 +76,40 @@ class TransformersLanguageConfig(EncoderConfig):
         return Tokenizer(load_tokenizer(self.name, self.weights), self.max_tokens)
 
 
+class OpenClipLanguageConfig(EncoderConfig):
+    """The text tower of a CLIP model of open_clip (`open_clip.py`): ARCHITECTURE/TAG.
+
+    Without a tag, `weights` names a file (`.safetensors`, `.pt`) or a run folder, or `pretrained=false` builds random
+    weights. `tokenizer`: as for `transformers`.
+    """
+
+    type: Literal["open_clip"] = "open_clip"
+    name: str = "ViT-B-32/openai"
+    pretrained: bool = True
+    weights: RunReference | None = None
+    max_tokens: PositiveInt = 50  # at most one more than the tower reads: 77 in CLIP, 64 in SigLIP
+    tokenizer: Literal["published", "words"] = "published"
+
+    @model_validator(mode="after")
+    def _ids_mean_what_they_meant(self) -> OpenClipLanguageConfig:
+        if self.tokenizer == "words" and self.pretrained:
+            raise ValueError("tokenizer=words is for an encoder that starts from nothing. Give pretrained=false too")
+        return self
+
+    def build(self) -> nn.Module:
+        from vlm.models.language.open_clip import OpenClipLanguage
+
+        return OpenClipLanguage(self.name, self.pretrained, self.weights, self.max_tokens)
+
+    def build_tokenizer(self, texts: Path) -> Tokenizer:
+        from vlm.models.language.open_clip import load_tokenizer, vocabulary_size
+        from vlm.models.language.tokenizer import Tokenizer
+
+        if self.tokenizer == "words":
+            return Tokenizer.from_words(texts, vocabulary_size(self.name), self.max_tokens, fill=True)
+        return Tokenizer(load_tokenizer(self.name), self.max_tokens)
+
+
 class CustomLanguageConfig(CustomConfig, EncoderConfig):
     """A class from outside. `build_tokenizer(texts, max_tokens)` is to be a static method of it."""
 
@@ -87,5 +121,6 @@ class CustomLanguageConfig(CustomConfig, EncoderConfig):
 
 
 LanguageConfig = Annotated[
-    TinyLanguageConfig | TransformersLanguageConfig | CustomLanguageConfig, Field(discriminator="type")
+    TinyLanguageConfig | TransformersLanguageConfig | OpenClipLanguageConfig | CustomLanguageConfig,
+    Field(discriminator="type"),
 ]

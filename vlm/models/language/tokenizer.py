@@ -13,7 +13,12 @@ from torch import Tensor
 from vlm.errors import UserError
 
 PAD, CLS, SEP, MASK, UNKNOWN = "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"
-SPELLINGS = {PAD: "<pad>", CLS: "<s>", SEP: "</s>", MASK: "<mask>"}  # how RoBERTa writes the same tokens
+SPELLINGS = {  # how BERT, RoBERTa, CLIP and Gemma write the same tokens
+    PAD: (PAD, "<pad>"),
+    CLS: (CLS, "<s>"),
+    SEP: (SEP, "</s>", "<end_of_text>", "<eos>"),
+    MASK: (MASK, "<mask>"),
+}
 
 
 class Tokenizer:
@@ -124,8 +129,10 @@ class Tokenizer:
         return self.backend.decode(list(ids))
 
     def _special_id(self, token: str) -> int:
-        for spelling in (token, SPELLINGS[token]):
+        for spelling in SPELLINGS[token]:
             number = self.backend.token_to_id(spelling)
             if number is not None:
                 return int(number)
-        raise UserError(f"the tokenizer has no {token} or {SPELLINGS[token]} token; masked language modelling needs it")
+        raise UserError(
+            f"the tokenizer has no {' or '.join(SPELLINGS[token])} token; masked language modelling needs it"
+        )

@@ -36,6 +36,10 @@ PUBLISHED_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+READ_PADDING = ("fnet", "convbert")
+"""Architectures without a mask for what they mix: Fourier transforms and convolutions over the padded text."""
+
+
 class TransformersLanguage(nn.Module):
     """Last hidden states of a transformers encoder, without its pooler.
 
@@ -51,6 +55,8 @@ class TransformersLanguage(nn.Module):
         else:
             config = _config(name, weights)
             self.model = transformers.AutoModel.from_config(config, **_options(config))
+        if isinstance(pooler := getattr(self.model, "pooler", None), nn.Module):  # no option leaves SqueezeBERT's out
+            pooler.requires_grad_(False)
         self.model.train()  # as every module is when built; the library hands over loaded models in eval mode
         self.width = int(self.model.config.hidden_size)
         self.vocabulary_size = int(self.model.config.vocab_size)
@@ -140,10 +146,31 @@ def _config_at(name: str, place: str | Path) -> transformers.PretrainedConfig:
 
 
 def _options(config: transformers.PretrainedConfig) -> dict[str, Any]:
-    """Fast attention, and no pooler where the architecture has one: its weights would never be trained."""
+    """The library's choice of attention, and no pooler where there is one: its weights would never be trained.
+
+    Where the architecture knows scaled-dot-product attention, that is it. DeBERTa and MPNet, whose scores depend on
+    distances, have none but their own.
+    """
     architecture: Any = transformers.AutoModel._model_mapping[type(config)]
+    _refuse_what_is_no_encoder(config, architecture)
+    attention = "sdpa" if architecture._supports_sdpa else "eager"
     has_pooler = "add_pooling_layer" in inspect.signature(architecture).parameters
-    return {"attn_implementation": "sdpa"} | ({"add_pooling_layer": False} if has_pooler else {})
+    return {"attn_implementation": attention} | ({"add_pooling_layer": False} if has_pooler else {})
+
+
+def _refuse_what_is_no_encoder(config: transformers.PretrainedConfig, architecture: Any) -> None:
+    """Each text becomes one state a token, the first of which may know all of it, whatever it is padded with."""
+    kind = config.model_type
+    if (
+        config.is_encoder_decoder
+        or isinstance(architecture, tuple)
+        or type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    ):
+        raise UserError(f"{kind} is no encoder that was trained by masked language modelling; take one that was")
+    if kind in READ_PADDING:
+        raise UserError(
+            f"{kind} mixes padding into every state, so that a text would depend on its batch; take another"
+        )
 
 
 def _place(name: str, weights: Path | str | None) -> str | Path:

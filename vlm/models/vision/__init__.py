@@ -58,8 +58,29 @@ class TimmVisionConfig(EncoderConfig):
         return TimmVision(self.name, self.pretrained, self.image_pixels, self.weights, self.patch_dropout)
 
 
+class OpenClipVisionConfig(EncoderConfig):
+    """The vision tower of a CLIP model of open_clip (`open_clip.py`): ARCHITECTURE/TAG.
+
+    Without a tag, `weights` names a file (`.safetensors`, `.pt`) or a run folder, or `pretrained=false` builds random
+    weights.
+    """
+
+    type: Literal["open_clip"] = "open_clip"
+    name: str = "ViT-B-32/openai"
+    pretrained: bool = True
+    weights: RunReference | None = None
+    image_pixels: PositiveInt | None = None  # None: the size the model was pretrained at
+
+    def build(self) -> nn.Module:
+        from vlm.models.vision.open_clip import OpenClipVision
+
+        return OpenClipVision(self.name, self.pretrained, self.image_pixels, self.weights)
+
+
 class CustomVisionConfig(CustomConfig, EncoderConfig):
     """A class from outside. What adapts an encoder asks it for `blocks`."""
 
 
-VisionConfig = Annotated[TinyVisionConfig | TimmVisionConfig | CustomVisionConfig, Field(discriminator="type")]
+VisionConfig = Annotated[
+    TinyVisionConfig | TimmVisionConfig | OpenClipVisionConfig | CustomVisionConfig, Field(discriminator="type")
+]

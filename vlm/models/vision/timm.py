@@ -97,9 +97,9 @@ class TimmFeatures(nn.Module):
         self.eval()  # statistics of a single image are none
         with torch.device("meta"), torch.enable_grad():
             image = torch.empty(1, 3, self.image_pixels, self.image_pixels)
-            tokens = torch.func.functional_call(self, shapes, (image,))
+            total = torch.func.functional_call(self, shapes, (image,)).sum()
         self.train(was_training)
-        gradients = torch.autograd.grad(tokens.sum(), list(parameters.values()), allow_unused=True)
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         for (_, parameter), gradient in zip(self.named_parameters(), gradients, strict=True):
             if gradient is None:
                 parameter.requires_grad_(False)
