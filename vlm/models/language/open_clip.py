@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class OpenClipLanguage(nn.Module):
     def layers(
         self, text_ids: Int[Tensor, "n l"], text_mask: Bool[Tensor, "n l"], count: int
     ) -> tuple[Float[Tensor, "n l d"], ...]:
-        """Token states after each of the last `count` blocks, the last of them what `forward` gives."""
+        """States after each of the last `count` blocks, through the final norm; the last is what `forward` gives."""
         ids, mask = text_ids[:, 1:], text_mask[:, 1:]
         if self.is_transformers:
             return self._transformers_layers(ids, mask, count)
@@ -86,13 +87,13 @@ class OpenClipLanguage(nn.Module):
         x, attention = self.text._embeds(ids)
         if attention is not None and attention.ndim == 2:
             attention = attention[: x.shape[1], : x.shape[1]]
-        states = []
+        states: deque[Tensor] = deque(maxlen=count)
         for block in self.text.transformer.resblocks:
             x = block(x, attn_mask=attention)
             states.append(x)
-        states[-1] = self.text.ln_final(x)
         rows = torch.arange(len(ids), device=ids.device)
-        return tuple(torch.cat([x[rows, pooled].unsqueeze(1), x[:, :length]], dim=1) for x in states[-count:])
+        normed = [self.text.ln_final(x) for x in states]
+        return tuple(torch.cat([x[rows, pooled].unsqueeze(1), x[:, :length]], dim=1) for x in normed)
 
     def _pooled_place(self, mask: Bool[Tensor, "n l"]) -> Int[Tensor, " n"]:
         """Where each text's pooled state is among the tower's tokens."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+import torch
 import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -40,6 +41,10 @@ READ_PADDING = ("fnet", "convbert")
 """Architectures without a mask for what they mix: Fourier transforms and convolutions over the padded text."""
 
 
+FULL_PRECISION = ("deberta",)
+"""Architectures that autocast breaks: DeBERTa's first version masks 16-bit scores with the lowest 32-bit number."""
+
+
 class TransformersLanguage(nn.Module):
     """Last hidden states of a transformers encoder, without its pooler.
 
@@ -70,8 +75,7 @@ class TransformersLanguage(nn.Module):
         return max(lists, key=len)
 
     def forward(self, text_ids: Int[Tensor, "n l"], text_mask: Bool[Tensor, "n l"]) -> Float[Tensor, "n l d"]:
-        states = self.model(input_ids=text_ids, attention_mask=text_mask.to(text_ids.dtype)).last_hidden_state
-        return states  # type: ignore[no-any-return]  # the library gives Any
+        return self._output(text_ids, text_mask).last_hidden_state  # type: ignore[no-any-return]  # the library gives Any
 
     def layers(
         self, text_ids: Int[Tensor, "n l"], text_mask: Bool[Tensor, "n l"], count: int
@@ -79,12 +83,18 @@ class TransformersLanguage(nn.Module):
         """States after each of the last `count` blocks, as the library has them; the last is what `forward` gives."""
         if count == 1:
             return (self.forward(text_ids, text_mask),)
-        mask = text_mask.to(text_ids.dtype)
-        output = self.model(input_ids=text_ids, attention_mask=mask, output_hidden_states=True)
+        output = self._output(text_ids, text_mask, output_hidden_states=True)
         states = (*output.hidden_states[1:][-count:-1], output.last_hidden_state)  # the first are the embeddings
         if len(states) < count or len({state.shape for state in states}) > 1:
             raise UserError(f"{type(self.model).__name__} has not the states of {count} layers of one size to give")
         return states
+
+    def _output(self, text_ids: Int[Tensor, "n l"], text_mask: Bool[Tensor, "n l"], **options: bool) -> Any:
+        mask = text_mask.to(text_ids.dtype)
+        if self.model.config.model_type in FULL_PRECISION:
+            with torch.autocast(text_ids.device.type, enabled=False):
+                return self.model(input_ids=text_ids, attention_mask=mask, **options)
+        return self.model(input_ids=text_ids, attention_mask=mask, **options)
 
 
 def vocabulary_of(name: str, weights: Path | str | None = None) -> tuple[int, int]:

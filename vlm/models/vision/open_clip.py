@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,7 +60,7 @@ class OpenClipVision(nn.Module):
         return self.tower(image)  # type: ignore[no-any-return]  # a module's call gives Any
 
     def layers(self, image: Float[Tensor, "b 3 h w"], count: int) -> tuple[Float[Tensor, "b p d"], ...]:
-        """Token states after each of the last `count` blocks, the last of them what `forward` gives."""
+        """States after each of the last `count` blocks, through the final norm; the last is what `forward` gives."""
         states: tuple[Tensor, ...] = self.tower.layers(image, count)
         return states
 
@@ -86,12 +87,12 @@ class TransformerTower(nn.Module):
         return self.layers(image, 1)[0]
 
     def layers(self, image: Float[Tensor, "b 3 h w"], count: int) -> tuple[Float[Tensor, "b p d"], ...]:
+        states: deque[Tensor] = deque(maxlen=count)
         x = self.visual._embeds(image)
-        states = []
         for block in self.visual.transformer.resblocks:
             x = block(x)
             states.append(x)
-        return (*(self._with_pooled(state) for state in states[-count:-1]), self._normed(x))
+        return tuple(self._normed(state) for state in states)
 
     def _normed(self, x: Float[Tensor, "b p d"]) -> Float[Tensor, "b p d"]:
         """After the last norm, which stands before or behind the mean, where that is CLS."""
