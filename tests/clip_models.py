@@ -37,8 +37,8 @@ def register(folder: Path) -> None:
         ),
         "tiny-siglip": (
             {
-                "image_size": 256,
-                "timm_model_name": "vit_base_patch32_siglip_256",
+                "image_size": 384,
+                "timm_model_name": "vit_pe_core_tiny_patch16_384",
                 "timm_pool": "map",
                 "timm_proj": "none",
             },
@@ -51,6 +51,6 @@ def register(folder: Path) -> None:
     for name, (vision, text, more) in towers.items():
         config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text} | more
         if name == "tiny-siglip":
-            config["embed_dim"] = 768  # timm's width: what it pools is what is compared
+            config["embed_dim"] = 192  # timm's width: what it pools is what is compared
         (folder / f"{name}.json").write_text(json.dumps(config))
         open_clip.add_model_config(folder / f"{name}.json")

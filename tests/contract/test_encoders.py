@@ -80,7 +80,7 @@ VISION: dict[str, tuple[Any, int]] = {  # with image pixels that each runs at, s
     "tiny": (TinyVisionConfig(width=32, depth=2, patch_size=8, image_pixels=24), 24),
     "timm-vit": (TimmVisionConfig(name="test_vit.r160_in1k", pretrained=False, image_pixels=48), 48),
     "timm-registers": (TimmVisionConfig(name="test_vit2.r160_in1k", pretrained=False, image_pixels=48), 48),
-    "timm-siglip": (TimmVisionConfig(name="vit_base_patch32_siglip_256", pretrained=False, image_pixels=64), 64),
+    "timm-pooling": (TimmVisionConfig(name="vit_pe_core_tiny_patch16_384", pretrained=False, image_pixels=64), 64),
     "timm-convnext": (TimmVisionConfig(name="test_convnext.r160_in1k", pretrained=False, image_pixels=96), 96),
     "timm-resnet": (TimmVisionConfig(name="test_resnet.r160_in1k", pretrained=False, image_pixels=96), 96),
     "open_clip-clip": (OpenClipVisionConfig(name="tiny-clip", pretrained=False, image_pixels=24), 24),
