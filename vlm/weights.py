@@ -84,6 +84,10 @@ def fill(module: nn.Module, states: Mapping[str, Tensor], prefix: str, source: P
     `assign`: the module takes the tensors themselves, in place of a copy; only those of another precision are copied.
     """
     own, wanted = under(states, prefix), module.state_dict()
+    for name, inner in module.named_modules():
+        if hasattr(inner, "fit_states"):  # an encoder that knows what another image size changes
+            start = f"{name}." if name else ""
+            own |= {start + changed: tensor for changed, tensor in inner.fit_states(under(own, name)).items()}
     lacking = [name for name in wanted if name not in own]
     foreign = [name for name in own if name not in wanted]
     problem = ""

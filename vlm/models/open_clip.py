@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlm.config import did_you_mean
 from vlm.errors import UserError
 
@@ -61,7 +59,7 @@ def create(
     the library leaves to who calls it.
     """
     open_clip = library()
-    from open_clip.pretrained import get_pretrained_cfg
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
     architecture, tag = split_name(name)
     if pretrained and weights is None and not tag:
@@ -72,19 +70,21 @@ def create(
         )
     if pretrained and weights is not None and not Path(weights).is_file():
         raise UserError(f"{weights}: no such weights file (.safetensors or .pt)")
-    source = None if not pretrained else str(weights) if weights is not None else tag
+    published = get_pretrained_cfg(architecture, tag)
+    config = model_config(name)
+    config["quick_gelu"] = config.get("quick_gelu", False) or bool(published.get("quick_gelu"))
+    config["vision_cfg"] |= {"image_size": image_pixels} if image_pixels else {}
+    config["text_cfg"] |= {"hf_model_pretrained": False} if "hf_model_name" in config["text_cfg"] else {}
+    config.pop("custom_text", None)
+    kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
     try:
         with _quiet():
-            model = open_clip.create_model(
-                architecture,
-                pretrained=source,
-                device=torch.get_default_device(),  # meta, where only shapes are asked for
-                force_quick_gelu=bool(get_pretrained_cfg(architecture, tag).get("quick_gelu")),
-                force_custom_text=True,
-                force_image_size=image_pixels,
-                pretrained_text=False,
-                weights_only=True,
-            )
+            model = kind(**config)
+            if pretrained:
+                file = download_pretrained(published) if weights is None else str(weights)
+                open_clip.load_checkpoint(model, file, strict=True, weights_only=True)
+            if image_pixels and hasattr(model.visual, "set_input_size"):  # timm's towers are resampled afterwards
+                model.visual.set_input_size(image_pixels)
     except Exception as error:  # the hub client, its transport, unpickling and open_clip each raise their own
         reason = " ".join(str(error).split())[:300]
         if weights is not None and pretrained:
@@ -94,7 +94,6 @@ def create(
             f"model.{part}.weights=FILE, or set model.{part}.pretrained=false for random weights"
         )
         raise UserError(f"open_clip:{name} could not be made ({type(error).__name__}: {reason}). {remedy}") from None
-    model.train()  # as every module is when built
     return model.visual, model.text
 
 

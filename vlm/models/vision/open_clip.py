@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from vlm.errors import UserError
@@ -77,7 +79,6 @@ class TransformerTower(nn.Module):
             visual.ln_post, visual.attn_pool = visual.attn_pool.ln_k, None
         self.visual = visual
         self.width = int(visual.transformer.width)
-        self.register_load_state_dict_pre_hook(_resample)  # type: ignore[no-untyped-call]  # torch's has none
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -93,6 +94,14 @@ class TransformerTower(nn.Module):
             x = block(x)
             states.append(x)
         return tuple(self._normed(state) for state in states)
+
+    def fit_states(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The position embeddings of a run at another image size, resampled to this one's."""
+        name, ours = "visual.positional_embedding", self.visual.positional_embedding
+        if name not in states or states[name].shape == ours.shape:
+            return {}
+        grid = list(self.visual.grid_size)
+        return {name: resample_abs_pos_embed(states[name][None], grid, num_prefix_tokens=1)[0]}
 
     def _normed(self, x: Float[Tensor, "b p d"]) -> Float[Tensor, "b p d"]:
         """After the last norm, which stands before or behind the mean, where that is CLS."""
@@ -130,12 +139,3 @@ class ResNetTower(nn.Module):
         if count != 1:
             raise UserError("the stages of CLIP's ResNets differ in width; only the last gives layers")
         return (self(image),)
-
-
-def _resample(module: nn.Module, states: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Position embeddings of a run at another image size."""
-    from timm.layers.pos_embed import resample_abs_pos_embed
-
-    name, visual = f"{prefix}visual.positional_embedding", cast(Any, module).visual
-    if name in states and states[name].shape != visual.positional_embedding.shape:
-        states[name] = resample_abs_pos_embed(states[name][None], list(visual.grid_size), num_prefix_tokens=1)[0]

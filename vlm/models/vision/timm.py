@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ class TimmFeatures(nn.Module):
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         cls_token = getattr(model, "cls_token", None) is not None
         self.has_cls = bool(getattr(model, "has_class_token", cls_token))
-        self.register_load_state_dict_pre_hook(_resample)  # type: ignore[no-untyped-call]  # torch's has none
         self._freeze_what_follows_the_features()
 
     @property
@@ -87,6 +86,15 @@ class TimmFeatures(nn.Module):
         if self.has_cls:
             return features  # type: ignore[no-any-return]  # the library gives Any
         return torch.cat([features.mean(1, keepdim=True), features], dim=1)
+
+    def fit_states(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a run at another image size, by the model's own rules for its positions and windows."""
+        ours = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        theirs = {name.removeprefix("model."): tensor for name, tensor in states.items()}
+        adapt = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
+        if adapt is None or theirs.keys() != ours.keys() or all(theirs[name].shape == ours[name] for name in ours):
+            return {}
+        return {f"model.{name}": tensor for name, tensor in adapt(theirs, self.model).items()}
 
     def _freeze_what_follows_the_features(self) -> None:
         """Found by a pass over shapes alone. DDP refuses parameters that wait for a gradient and get none."""
@@ -135,18 +143,6 @@ class TimmVision(TimmFeatures):
                 raise UserError(f"model.vision.patch_dropout: {name!r} cannot drop patches; a plain ViT can")
             model.patch_drop = PatchDropout(patch_dropout, num_prefix_tokens=model.num_prefix_tokens)
         super().__init__(model, pixels, published["mean"], published["std"], str(published["interpolation"]))
-
-
-def _resample(module: nn.Module, states: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Weights that were trained at another image size, by the model's own rules for its positions and windows."""
-    ours = {name: tensor.shape for name, tensor in module.model.state_dict().items()}  # type: ignore[union-attr]
-    inner = f"{prefix}model."
-    theirs = {name.removeprefix(inner): value for name, value in states.items() if name.startswith(inner)}
-    if all(theirs[name].shape == shape for name, shape in ours.items() if name in theirs):
-        return
-    adapt = getattr(sys.modules[type(module.model).__module__], "checkpoint_filter_fn", None)
-    if adapt is not None and theirs.keys() == ours.keys():
-        states.update({f"{inner}{name}": value for name, value in adapt(theirs, module.model).items()})
 
 
 def _is_of_one_scale(model: Any) -> bool:

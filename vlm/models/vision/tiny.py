@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any, cast
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -51,7 +51,6 @@ class TinyVision(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.blocks.apply(initialise)
         nn.init.trunc_normal_(self.position, std=0.02)
-        self.register_load_state_dict_pre_hook(_resample)  # type: ignore[no-untyped-call]  # torch's has none
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p d"]:
         return self.layers(image, 1)[0]
@@ -68,12 +67,12 @@ class TinyVision(nn.Module):
         normed = [self.norm(x) for x in states]
         return tuple(torch.cat([x.amax(dim=1, keepdim=True), x], dim=1) for x in normed)
 
+    def fit_states(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The position embeddings of a run at another image size, resampled to this one's."""
+        theirs = states.get("position")
+        if theirs is None or theirs.shape == self.position.shape:
+            return {}
+        from timm.layers.pos_embed import resample_abs_pos_embed
 
-def _resample(module: nn.Module, states: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Position embeddings of a run at another image size."""
-    from timm.layers.pos_embed import resample_abs_pos_embed
-
-    name, position = f"{prefix}position", cast(Tensor, module.position)
-    if name in states and states[name].shape != position.shape:
-        side = math.isqrt(position.shape[1])
-        states[name] = resample_abs_pos_embed(states[name], [side, side], num_prefix_tokens=0)
+        side = math.isqrt(self.position.shape[1])
+        return {"position": resample_abs_pos_embed(theirs, [side, side], num_prefix_tokens=0)}
