@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vlm.config import load_yaml
+from vlm.config import compose, load_yaml
 from vlm.objectives import MaskedLanguageConfig, MatchingConfig
 from vlm.run import RESULT, RunConfig, count_parameters, train
 from vlm.studies.outlook import one_seed
@@ -52,6 +52,26 @@ def of(stage: str, **labels: str) -> list[Job]:
     ]
 
 
+PICTURES = ("released", "bilinear", "crop")
+
+
+def test_the_configs_that_follow_the_released_code_are_those_of_the_study() -> None:
+    study = of("pretrain", protocol="paper", point="5%")[0].config
+    pretrain = compose("paper_pretrain", ["data=conceptual_captions", "supervision.fraction=0.05"], RunConfig)
+    for part in ("model", "objectives", "supervision", "optimizer"):
+        assert getattr(pretrain, part) == getattr(study, part)
+    one = pretrain.data
+    assert (one.augmentation, one.interpolation, one.fit) == PICTURES
+    mine, theirs = pretrain.trainer, study.trainer
+    for name in ("batch_size", "passes", "loss_weighting", "select"):
+        assert getattr(mine, name) == getattr(theirs, name)
+    finetune = compose("paper_finetune", ["data=tasks", "task=vqav2"], RunConfig)
+    study = next(job for job in of("finetune_paper") if job.labels["task"] == "vqav2").config
+    for part in ("model", "optimizer"):
+        assert getattr(finetune, part) == getattr(study, part)
+    assert (finetune.data.augmentation, finetune.data.interpolation, finetune.data.fit) == PICTURES
+
+
 def test_the_paper_protocol_pretrains_with_the_published_numbers() -> None:
     found = of("pretrain", protocol="paper")
     fractions = {job.labels["point"]: job.config.supervision.fraction for job in found}
@@ -68,7 +88,7 @@ def test_the_paper_protocol_pretrains_with_the_published_numbers() -> None:
         assert (optimizer.warmup_fraction, optimizer.decay, optimizer.clip_norm) == (0.1, "linear", None)
         multipliers = optimizer.multipliers
         assert (multipliers.encoders, multipliers.fusion, multipliers.heads) == (1, 5, 5)
-        assert config.data.augmentation == "randaugment"
+        assert (config.data.augmentation, config.data.interpolation, config.data.fit) == PICTURES
         masked, matching = config.objectives["masked_language"], config.objectives["matching"]
         assert isinstance(masked, MaskedLanguageConfig) and isinstance(matching, MatchingConfig)
         assert (masked.mask_fraction, masked.masking, masked.label_masking) == (0.15, "whole_label", "released")
@@ -97,7 +117,7 @@ def test_the_paper_protocol_fine_tunes_with_the_published_numbers() -> None:
         multipliers = config.optimizer.multipliers
         assert (multipliers.encoders, multipliers.fusion, multipliers.heads) == (1, 10, 10)
         assert config.optimizer.betas == (0.9, 0.98) and config.optimizer.weight_decay == 0.01
-        assert config.data.augmentation == "randaugment"
+        assert (config.data.augmentation, config.data.interpolation, config.data.fit) == PICTURES
         assert getattr(task, "multi_label") is multi_label  # noqa: B009  # binary cross-entropy, or plain
         assert getattr(task, "images_in_turn") is (job.labels["task"] == "nlvr2")  # noqa: B009
         assert job.upstream["start_from"].labels["protocol"] == "paper"
