@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from vlm.config import CustomConfig, load_yaml
 from vlm.errors import UserError
 from vlm.exports import NAMES, Export, TransformConfig, open_export
 from vlm.models import ModelConfig
+from vlm.models.adaptation import SCALING, merge_adapters
 from vlm.models.answering import answer_logits
 from vlm.models.heads import AnswerHead, VocabularyHead
 from vlm.models.language.tokenizer import MASK, Tokenizer
@@ -25,7 +27,7 @@ from vlm.models.vision_language import VisionLanguageModel
 from vlm.objectives import MaskedLanguageConfig, MatchingConfig
 from vlm.run import CONFIG, EXPORT, TOKENIZER, RunConfig, image_transform, read_checkpoint, task_of, without_weights
 from vlm.types import Batch, Encoded, View
-from vlm.weights import PartialLoad, fill, is_filled, parameters_on_meta, take_what_fits, under
+from vlm.weights import PartialLoad, TooLargeError, fill, is_filled, parameters_on_meta, take_what_fits, under
 
 if TYPE_CHECKING:
     from vlm.tasks.task import Task
@@ -242,27 +244,34 @@ class Encoder:
 
     @property
     def timm_model(self) -> Any:
-        """The plain model of the timm library, without a classifier; it takes normalised pixels."""
+        """The plain model of the timm library, without a classifier; it takes normalised pixels.
+
+        With low-rank adapters it is a copy that has them merged into its weights.
+        """
         from vlm.models.vision.timm import TimmVision
 
         if not isinstance(self.module, TimmVision):
             raise self._other("timm")
-        return self.module.model
+        return self._merged(self.module)
 
     @property
     def transformers_model(self) -> Any:
-        """The plain model of the transformers library; `save_pretrained` writes it for anyone."""
+        """The plain model of the transformers library; `save_pretrained` writes it for anyone.
+
+        With low-rank adapters it is a copy that has them merged into its weights.
+        """
         from vlm.models.language.transformers import TransformersLanguage
 
         if not isinstance(self.module, TransformersLanguage):
             raise self._other("transformers")
-        return self.module.model
+        return self._merged(self.module)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the encoder for others, who then need nothing of this project.
 
         Of timm: a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`. Of transformers: one for
-        `AutoModel.from_pretrained(FOLDER)`, the tokenizer beside it.
+        `AutoModel.from_pretrained(FOLDER, add_pooling_layer=False)`, the tokenizer beside it. (A pooler, which many
+        architectures have and none of ours trains, is an argument there and cannot be named in the folder.)
         """
         folder = Path(folder)
         if isinstance(self.takes, ImageTransform):
@@ -283,6 +292,11 @@ class Encoder:
         transformers.PreTrainedTokenizerFast(tokenizer_object=fast, model_max_length=length, **special).save_pretrained(
             folder
         )
+
+    def _merged(self, module: Any) -> Any:
+        if SCALING in module._buffers:
+            module = merge_adapters(copy.deepcopy(module))
+        return module.model
 
     def _other(self, library: str) -> UserError:
         kind = type(self.module).__name__
@@ -471,7 +485,7 @@ def _built(config: ModelConfig, states: Mapping[str, Tensor], folder: Path) -> V
     """The model with these weights, in no more memory than theirs."""
     is_ours = not any(isinstance(getattr(config, name), CustomConfig) for name in type(config).model_fields)
     if is_ours:
-        with parameters_on_meta():
+        with parameters_on_meta(states):
             model = _sound(config, folder)
         fill(model, states, "model", folder, assign=True)
         if is_filled(model):
@@ -484,6 +498,11 @@ def _built(config: ModelConfig, states: Mapping[str, Tensor], folder: Path) -> V
 def _sound(config: ModelConfig, folder: Path) -> VisionLanguageModel:
     try:
         return config.build()
+    except TooLargeError as error:
+        raise UserError(
+            f"{folder}: its config asks for a model that is far larger than its weights ({error}). "
+            "Do not use this folder"
+        ) from None
     except (ValueError, RuntimeError, TypeError, KeyError) as error:  # sizes that do not go together, a stranger's file
         raise UserError(f"{folder}: its config builds no model ({str(error).splitlines()[0]})") from None
 

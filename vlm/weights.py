@@ -35,17 +35,35 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         ) from None
 
 
+class TooLargeError(UserError):
+    """More was about to be built than there are weights for."""
+
+
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta(states: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """Modules built by this thread get parameters without memory, and nothing is drawn for them. Buffers are real.
 
     A model is then built in a fifth of a second whatever its size, and `fill(..., assign=True)` gives it its weights.
+    `states`: what it will be filled with. Building stops once there are far more parameters, or far larger ones: a
+    config of a few bytes may ask for a model of any size, its weights must come with it. "Far", because an encoder may
+    be built with parts that it does not keep.
     """
     register, thread = nn.Module.register_parameter, threading.get_ident()
+    told = states or {}
+    most, most_numbers = 4 * len(told) + 5_000, 4 * sum(tensor.numel() for tensor in told.values()) + 2**28
+    count = numbers = 0
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta and threading.get_ident() == thread:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        nonlocal count, numbers
+        if parameter is not None and threading.get_ident() == thread:
+            count, numbers = count + 1, numbers + parameter.numel()
+            if states is not None and (count > most or numbers > most_numbers):
+                raise TooLargeError(
+                    f"over {min(count, most):,} parameters of {min(numbers, most_numbers):,} numbers, for which the "
+                    f"weights have {len(told):,} tensors of {sum(tensor.numel() for tensor in told.values()):,}"
+                )
+            if not parameter.is_meta:
+                parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]

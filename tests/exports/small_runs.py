@@ -37,6 +37,19 @@ def small_run(name: str, folder: Path, *overrides: str) -> Path:
     return train(config.model_copy(update={"folder": folder}))
 
 
+def borrowed_encoders(folder: Path) -> list[str]:
+    """Overrides for small encoders of timm and transformers, the architecture of the latter written into `folder`."""
+    from transformers import BertConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertConfig(vocab_size=128, **sizes).save_pretrained(folder / "bert")
+    return [
+        "model.vision={type: timm, name: test_vit, pretrained: false, image_pixels: 64}",
+        f"model.language={{type: transformers, name: bert, weights: {folder / 'bert'}, pretrained: false, "
+        "tokenizer: words}",
+    ]
+
+
 def rewrite_manifest(folder: Path) -> None:
     """As a stranger would who changes files on purpose."""
     manifest = json.loads((folder / "export.json").read_text())

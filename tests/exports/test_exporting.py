@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_runs import rewrite_manifest
+from small_runs import borrowed_encoders, rewrite_manifest, small_run
 
 import vlm
 from vlm.cli import main
@@ -223,6 +224,37 @@ def test_a_config_that_unfolds_to_gigabytes_is_refused(finetuned_export: Path, t
     rewrite_manifest(folder)
     with pytest.raises(UserError, match="holds a YAML alias"):
         vlm.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("depth", 100_000), ("width", 2**30), ("width", 2**50), ("image_pixels", 2**20)]
+)
+def test_a_config_of_a_far_larger_model_than_its_weights_is_refused_at_once(
+    finetuned_export: Path, tmp_path: Path, key: str, value: int
+) -> None:
+    folder = copied(finetuned_export, tmp_path)
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    tree["model"]["vision"][key] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    rewrite_manifest(folder)
+    start = time.process_time()
+    with pytest.raises(
+        UserError, match=r"copy: its config (asks for a model that is far larger|builds no model)"
+    ) as one:
+        vlm.load(folder)
+    assert time.process_time() - start < 10
+    assert "\n" not in str(one.value)
+
+
+def test_a_language_config_of_a_far_larger_model_is_refused_at_once(tmp_path: Path) -> None:
+    folder = export(small_run("pretrain", tmp_path / "run", *borrowed_encoders(tmp_path)), tmp_path / "exported")
+    file = folder / "language" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 100_000}))
+    rewrite_manifest(folder)
+    start = time.process_time()
+    with pytest.raises(UserError, match="asks for a model that is far larger than its weights"):
+        vlm.load(folder)
+    assert time.process_time() - start < 20
 
 
 def test_what_is_no_model_is_one_line(tmp_path: Path, finetuned_export: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from small_runs import SMALL, rewrite_manifest, small_run
+from small_runs import SMALL, borrowed_encoders, rewrite_manifest, small_run
 
 import vlm
 from data_loaders.decoding import ImageError
@@ -131,17 +131,8 @@ def test_another_device_is_asked_for_at_loading(pretrained_export: Path) -> None
 @pytest.fixture(scope="module")
 def borrowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export of a run with small encoders of timm and transformers."""
-    from transformers import BertConfig
-
     folder = tmp_path_factory.mktemp("borrowed")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertConfig(vocab_size=128, **sizes).save_pretrained(folder / "bert")
-    options = [
-        "model.vision={type: timm, name: test_vit, pretrained: false, image_pixels: 64}",
-        f"model.language={{type: transformers, name: bert, weights: {folder / 'bert'}, pretrained: false, "
-        "tokenizer: words}",
-    ]
-    run = small_run("pretrain", folder / "run", *options, "trainer.samples=16")
+    run = small_run("pretrain", folder / "run", *borrowed_encoders(folder), "trainer.samples=16")
     exported = export(run, folder / "exported")
     (folder / "bert" / "config.json").unlink()  # the export needs it no more
     return exported
@@ -175,6 +166,41 @@ def test_the_encoders_come_back_as_models_of_their_libraries(borrowed: Path, tmp
     with torch.inference_mode():
         found = read.eval()(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
     torch.testing.assert_close(found[mask], states[mask])
+
+
+def test_an_exported_language_encoder_loads_with_nothing_missing(borrowed: Path, tmp_path: Path) -> None:
+    import transformers
+
+    vlm.load(borrowed).language.save_pretrained(tmp_path / "language")
+    options = {"add_pooling_layer": False, "local_files_only": True, "output_loading_info": True}
+    _, report = transformers.AutoModel.from_pretrained(tmp_path / "language", **options)
+    assert not any(report.values())
+
+
+def test_encoders_with_adapters_come_back_merged(tmp_path: Path) -> None:
+    import timm
+    import transformers
+
+    options = [f"+model.{encoder}.lora={{rank: 2}}" for encoder in ("vision", "language")]
+    run = small_run("pretrain", tmp_path / "run", *borrowed_encoders(tmp_path), *options, "optimizer.learning_rate=0.1")
+    model = vlm.load(export(run, tmp_path / "exported"))
+    assert any(value.abs().max() > 0.01 for name, value in model.model.state_dict().items() if ".lora_B" in name)
+    vision, language = export_encoders(model, tmp_path / "encoders")
+    images = (model.pixels(SCENES) - model.model.pixel_mean) / model.model.pixel_std
+    ids, mask, _ = model.tokenizer(TEXTS)
+    states, text_states = model.encode_image(SCENES), model.encode_text(TEXTS)[0]
+    close = {"rtol": 0, "atol": 1e-5}
+    with torch.inference_mode():
+        for plain in (model.vision.timm_model, timm.create_model(f"local-dir:{vision}", pretrained=True).eval()):
+            assert not any("lora" in name or "base_layer" in name for name in plain.state_dict())
+            torch.testing.assert_close(plain.forward_features(images), states, **close)
+        read = transformers.AutoModel.from_pretrained(language, add_pooling_layer=False, local_files_only=True)
+        for plain in (model.language.transformers_model, read.eval()):
+            assert not any("lora" in name or "base_layer" in name for name in plain.state_dict())
+            found = plain(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            torch.testing.assert_close(found[mask], text_states[mask], **close)
+        torch.testing.assert_close(model.encode_image(SCENES), states)  # the model keeps its adapters
+    assert any(".lora_B" in name for name in model.model.state_dict())
 
 
 def test_a_language_config_that_names_code_is_refused(borrowed: Path, tmp_path: Path) -> None:
