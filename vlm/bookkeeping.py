@@ -130,10 +130,19 @@ def _trained(config: RunConfig) -> list[Component]:
 
 def _inherited(config: RunConfig) -> Ledger:
     """What the components have seen before this run: from the run it starts from, or with their encoders' weights."""
-    if config.start_from is not None:
-        return _declared_over(config, ledger_of_run(config.start_from))
-    encoders: tuple[Component, ...] = ("vision", "language")
-    return Ledger({name: _encoder(name, config) for name in encoders})
+    own = Ledger({name: _encoder(name, config) for name in config.own_encoders})
+    if config.start_from is None:
+        return own
+    start = _declared_over(config, ledger_of_run(config.start_from))
+    if config.start_without is None:
+        return start
+    between = {"fusion", "vision_projection", "language_projection"}
+    if config.model.pooler != "none":
+        between.add("pooler")  # else it has no weights
+    left: set[Component] = {*config.own_encoders}
+    if between <= {*config.start_without}:
+        left.add("fusion")
+    return Ledger({name: entries for name, entries in start.seen.items() if name not in left}) | own
 
 
 def _declared_over(config: RunConfig, ledger: Ledger) -> Ledger:

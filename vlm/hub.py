@@ -25,9 +25,19 @@ from vlm.models.heads import AnswerHead, VocabularyHead
 from vlm.models.language.tokenizer import MASK, Tokenizer
 from vlm.models.vision_language import VisionLanguageModel
 from vlm.objectives import MaskedLanguageConfig, MatchingConfig
-from vlm.run import CONFIG, EXPORT, TOKENIZER, RunConfig, image_transform, read_checkpoint, task_of, without_weights
+from vlm.run import (
+    CONFIG,
+    EXPORT,
+    TOKENIZER,
+    RunConfig,
+    image_transform,
+    read_checkpoint,
+    take_part,
+    task_of,
+    without_weights,
+)
 from vlm.types import Batch, Encoded, View
-from vlm.weights import PartialLoad, TooLargeError, fill, is_filled, parameters_on_meta, take_what_fits, under
+from vlm.weights import PartialLoad, TooLargeError, fill, is_filled, parameters_on_meta
 
 if TYPE_CHECKING:
     from vlm.tasks.task import Task
@@ -390,9 +400,7 @@ def load_partially(
     shape is an error. The result lists what was taken, what is new here and what was left there; `.table()` shows it.
     """
     folder, name = place_of(model, revision)
-    states: dict[str, Tensor] = read_checkpoint(folder, name)["state_dict"]
-    heads = {name: tensor for name, tensor in states.items() if not name.startswith("model.")}
-    return take_what_fits(module, under(states, "model") | heads, folder, skip)
+    return take_part(module, read_checkpoint(folder, name)["state_dict"], folder, skip)
 
 
 def pull(name: str, revision: str | None = None, endpoint: str | None = None) -> Path:

@@ -97,6 +97,8 @@ def _training(config: RunConfig, scores: Mapping[str, Any]) -> str:
     rows.append(("data", config.data.type))
     if config.start_from is not None:
         rows.append(("started from", config.start_from.name))
+    if config.start_without:
+        rows.append(("without its", ", ".join(config.start_without)))
     if config.task is None:
         rows += [(f"objective {name}", f"{one.type}, weight {one.weight}") for name, one in config.objectives.items()]
         if config.data.part == "pairs":

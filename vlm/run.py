@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -27,6 +28,8 @@ from vlm.tasks import TaskConfig
 from vlm.training.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
     from torch import Tensor, nn
 
     from data_loaders.images import DecodedImages, Images
@@ -38,8 +41,10 @@ if TYPE_CHECKING:
     from vlm.tasks.retrieval import RetrievalTask
     from vlm.tasks.task import Task
     from vlm.training.module import TrainingModule
+    from vlm.weights import PartialLoad
 
 CONFIG, INPUTS, RESULT, TOKENIZER = "config.yaml", "inputs.json", "result.json", "tokenizer.json"
+START = "start.txt"  # what was taken of the run that this one starts from in part
 LAST, BEST = "last.ckpt", "best.ckpt"
 PROGRESS = "progress.json"  # of the training, for whoever watches
 EXPORT = "export.json"  # marks what `vlm export` wrote
@@ -138,6 +143,7 @@ class RunConfig(Config):
     folder: Path | None = not_identity(None)  # None: `runs/<name>-<fingerprint>`
     seed: NonNegativeInt = 0
     start_from: RunReference | None = None  # a run folder whose model this run continues
+    start_without: tuple[str, ...] | None = None  # parts of it to leave, as [fusion], and to take what fits; None: all
     continue_from: RunReference | None = not_identity(None)  # a run of another budget that began as this one does
     data: DataConfig = WorldData()
     model: ModelConfig = ModelConfig()
@@ -152,6 +158,8 @@ class RunConfig(Config):
     def _one_purpose(self) -> RunConfig:
         if bool(self.objectives) == (self.task is not None):
             raise ValueError("give objectives (pretraining) or a task (fine-tuning), and not both")
+        if self.start_without is not None and self.start_from is None:
+            raise ValueError("start_without says what not to take of another run. Give start_from=RUN too")
         if self.optimizer.clip_norm is not None and "fsdp" in self.trainer.strategy:
             raise ValueError("trainer.strategy=fsdp cannot clip by norm. Give optimizer.clip_norm=null")
         if self.task is not None and self.data.is_remote:
@@ -168,6 +176,12 @@ class RunConfig(Config):
             if isinstance(objective, MatchingConfig) and objective.text == "masked" and not _masks_pairs(self):
                 raise ValueError(f"objectives.{name}: text=masked needs a masked_language objective beside it")
         return self
+
+    @property
+    def own_encoders(self) -> tuple[Literal["vision", "language"], ...]:
+        """The encoders that begin with weights of their own, and not with those of the run in `start_from`."""
+        encoders: tuple[Literal["vision", "language"], ...] = ("vision", "language")
+        return encoders if self.start_from is None else tuple(e for e in encoders if e in (self.start_without or ()))
 
     @property
     def run_folder(self) -> Path:
@@ -228,32 +242,52 @@ def weights_of_run(encoder: Any) -> Path | None:
 
 
 def build_tokenizer(config: RunConfig, root: Path) -> Tokenizer:
-    """The tokenizer of the run that this one starts from, else the language encoder's own."""
+    """The tokenizer of the run that this one has its language encoder from, else the encoder's own."""
     from vlm.models.language.tokenizer import Tokenizer
 
-    if config.start_from is not None:
+    if config.start_from is not None and "language" not in config.own_encoders:
         return Tokenizer.from_file(config.start_from / TOKENIZER, config.model.language.max_tokens)
     return config.model.language.build_tokenizer(root / "texts" / "train.txt")
 
 
 def build_model(config: RunConfig) -> VisionLanguageModel:
-    """The model with its encoders' weights, or all of another run's model where `start_from` names one."""
+    """The model with the weights that it begins with: of its encoders, or of the run that `start_from` names."""
+    return begin_model(config)[0]
+
+
+def begin_model(config: RunConfig) -> tuple[VisionLanguageModel, PartialLoad | None]:
+    """The model with the weights that it begins with, and what of another run's they are where it starts in part.
+
+    Started in part, an encoder named in `start_without` begins with the weights that its own config names; what else is
+    new begins at random.
+    """
     import torch
 
     from data_loaders.loader import step_seed
 
     torch.manual_seed(step_seed(config.seed, 0, "initialise"))
-    if config.start_from is not None:
-        model = _built(without_weights(config.model))
-        load_component(model, config.start_from, "model")
-        return model
-    weights = {name: weights_of_run(getattr(config.model, name)) for name in ("vision", "language")}
+    plain = without_weights(config.model)
+    own = config.own_encoders
+    weights = {name: weights_of_run(getattr(config.model, name)) for name in own}
     runs = {name: run for name, run in weights.items() if run is not None}
-    changed = {name: getattr(without_weights(config.model), name) for name in runs}
+    changed = {name: getattr(plain, name) for name in ("vision", "language") if name in runs or name not in own}
     model = _built(config.model.model_copy(update=changed))
     for name, run in runs.items():
         load_component(getattr(model, name), run, f"model.{name}")
-    return model
+    if config.start_from is None:
+        return model, None
+    if config.start_without is None:
+        load_component(model, config.start_from, "model")
+        return model, None
+    states = read_checkpoint(config.start_from)["state_dict"]
+    found = take_part(model, states, config.start_from, config.start_without, "start_without")
+    for name in ("vision", "language"):
+        if name not in own and not any(tensor.startswith(f"{name}.") for tensor in found.taken):
+            raise UserError(
+                f"{config.start_from}: nothing of its {name} encoder fits this one, which would begin at random. "
+                f"Name it in start_without=[{name}], and it begins with its own weights"
+            )
+    return model, found
 
 
 def read_checkpoint(run: Path, name: str | None = None) -> dict[str, Any]:
@@ -287,6 +321,20 @@ def load_component(module: nn.Module, run: Path, prefix: str) -> None:
 
     states = fit_adapters(under(read_checkpoint(run)["state_dict"], prefix), module.state_dict())
     fill(module, {f"{prefix}.{name}": value for name, value in states.items()}, prefix, run)
+
+
+def take_part(
+    model: nn.Module, states: Mapping[str, Tensor], source: Path, skip: Collection[str], option: str = "skip"
+) -> PartialLoad:
+    """Fill `model` with what fits of a checkpoint's states, but for what `skip` names; `option` is what set it."""
+    from vlm.models.adaptation import fit_adapters
+    from vlm.weights import take_what_fits, under
+
+    own = model.state_dict()
+    fitted = fit_adapters(under(states, "model"), own)
+    there = {name: tensor for name, tensor in fitted.items() if tensor is not own.get(name)}  # new adapters are not
+    heads = {name: tensor for name, tensor in states.items() if not name.startswith("model.")}
+    return take_what_fits(model, there | heads, source, skip, option)
 
 
 def image_transform(config: RunConfig, model: VisionLanguageModel, training: bool) -> ImageTransform:
@@ -582,8 +630,7 @@ def train(config: RunConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"folder: {folder} cannot be made ({error.strerror})") from None
-    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    if any(int(os.environ.get(rank, 0)) for rank in ranks):  # of a run whose first process holds the lock
+    if not _is_first_process():  # of a run whose first process holds the lock
         return _train(config, root, start)
     with only_process(folder, "run"):
         return folder if (folder / RESULT).is_file() else _train(config, root, start)
@@ -597,7 +644,9 @@ def _train(config: RunConfig, root: Path, start: float) -> Path:
     _refuse_other_inputs(folder, _inputs(config, root))
     tokenizer = build_tokenizer(config, root)
     tokenizer.save(folder / TOKENIZER)
-    model = build_model(config)
+    model, taken = begin_model(config)
+    if taken is not None and _is_first_process() and not (folder / START).is_file():
+        _tell_start(taken, config, folder / START)
     if getattr(task_of(config), "type", None) == "retrieval":
         module: TrainingModule | None = None
         fit: dict[str, Any] = {"steps": 0, "checkpoint": None}
@@ -617,6 +666,22 @@ def _train(config: RunConfig, root: Path, start: float) -> Path:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         write_atomically(folder / RESULT, json.dumps(result, indent=1))
     return folder
+
+
+def _is_first_process() -> bool:
+    return not any(int(os.environ.get(rank, 0)) for rank in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def _tell_start(taken: PartialLoad, config: RunConfig, file: Path) -> None:
+    """What was taken, what is new and what was left: as a table to the terminal, and with each new and left name."""
+    from rich.console import Console
+
+    table = taken.table(f"from {config.start_from}")
+    Console(stderr=True).print(table)
+    text = io.StringIO()
+    Console(file=text, width=100).print(table)
+    names = [f"{part}: {name}" for part in ("new", "left") for name in getattr(taken, part)]
+    write_atomically(file, "\n".join([text.getvalue(), *names, ""]))
 
 
 def _refuse_another_run(config: RunConfig, folder: Path) -> None:

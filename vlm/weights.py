@@ -118,7 +118,7 @@ def fill(module: nn.Module, states: Mapping[str, Tensor], prefix: str, source: P
     if problem:
         raise UserError(
             f"{source}: its {prefix} does not fit this config's ({problem}). Give the config the same {prefix} "
-            "as there, or take what fits with `vlm.hub.load_partially`"
+            "as there, or take what fits: `vlm train ... start_without=[]`, or `vlm.hub.load_partially` in Python"
         )
     if assign:
         own = {name: tensor.to(wanted[name].dtype) for name, tensor in own.items()}
@@ -146,39 +146,47 @@ class PartialLoad:
     new: Mapping[str, int]  # of the module alone: they stay as they were
     left: Mapping[str, int]  # of the file alone
 
-    def table(self) -> Table:
-        """Tensors and parameters by component."""
+    def table(self, title: str = "loaded in part") -> Table:
+        """Numbers by component, and in how many tensors."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table("component", title="loaded in part", title_justify="left")
+        table = Table(title=Text(title), title_justify="left")
         parts = {"taken": self.taken, "new": self.new, "left": self.left}
+        table.add_column("component", no_wrap=True)
         for name in parts:
-            table.add_column(name, justify="right")
+            table.add_column(f"{name} (tensors)", justify="right", no_wrap=True)
         components = dict.fromkeys(_component(name) for part in parts.values() for name in part)
         for component in components:
             cells = [[size for name, size in part.items() if _component(name) == component] for part in parts.values()]
-            table.add_row(component, *(f"{len(cell)} tensors, {sum(cell):,}" if cell else "" for cell in cells))
+            table.add_row(component, *(f"{sum(cell):,} ({len(cell)})" if cell else "" for cell in cells))
         return table
 
 
 def take_what_fits(
-    module: nn.Module, states: Mapping[str, Tensor], source: Path | str, skip: Collection[str] = ()
+    module: nn.Module,
+    states: Mapping[str, Tensor],
+    source: Path | str,
+    skip: Collection[str] = (),
+    option: str = "skip",
 ) -> PartialLoad:
     """Fill the tensors of `module` that `states` has by the same name, except below the names in `skip`.
 
-    A tensor of another shape is an error: it is never skipped in silence.
+    A tensor of another shape is an error: it is never skipped in silence. `option` is where the caller set `skip`.
     """
     wanted = module.state_dict()
     shared = {name: tensor for name, tensor in states.items() if name in wanted and not _is_below(name, skip)}
     unknown = [name for name in skip if not any(_is_below(tensor, [name]) for tensor in (*wanted, *states))]
     if unknown:
-        raise UserError(f"skip={unknown[0]!r}: neither the model nor {source} has a tensor of that name or below it")
+        raise UserError(
+            f"{option}={unknown[0]!r}: neither the model nor {source} has a tensor of that name or below it"
+        )
     for name, tensor in shared.items():
         problem = _misfit("", name, tensor, wanted[name])
         if problem is not None:
             raise UserError(
                 f"{source}: {problem}. Build the model with the same sizes as there, or leave it as it is here with "
-                f"skip=[{_component(name)!r}]"
+                f"{option}=[{_component(name)!r}]"
             )
     if not shared:
         raise UserError(f"{source}: no tensor of it has the name of one here. It is another model")
