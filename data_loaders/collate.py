@@ -24,7 +24,8 @@ class PairBatches:
 
     `negative_fraction`: how many images of other examples are appended, as a share of the batch (the published random
     negatives). `beside`: what the sources read beside the data. `label_matching`: the batch also says which tokens are
-    hidden with each label (`label_spans`), for objectives that mask whole labels.
+    hidden with each label (`label_spans`), for objectives that mask whole labels. `whole_words`: and where the words
+    begin, for those that mask whole words.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class PairBatches:
         label_matching: LabelMatching | None = None,
         damaged: OnDamage = "stop",
         seed: int = 0,
+        whole_words: bool = False,
     ) -> None:
         self.window = WindowReader(reader, positions, images, damaged, seed)
         self.sources, self.beside, self.label_matching = tuple(sources), beside, label_matching
-        self.tokenizer, self.negative_fraction = tokenizer, negative_fraction
+        self.tokenizer, self.negative_fraction, self.whole_words = tokenizer, negative_fraction, whole_words
 
     def __len__(self) -> int:
         return len(self.window)
@@ -50,10 +52,12 @@ class PairBatches:
     def batch(self, positions: Sequence[int]) -> Batch:
         records, pixels, damages = self.window.read([*positions, *self._other(len(positions))])
         examples = [supervise(record, self.sources, self.beside) for record in records[: len(positions)]]
-        texts, label_tokens = [example.text for example in examples], None
-        if self.label_matching is None:
+        texts, label_tokens, starts = [example.text for example in examples], None, None
+        if self.label_matching is None and not self.whole_words:
             ids, mask, special = self.tokenizer(texts)
-        else:
+        if self.whole_words:
+            ids, mask, special, starts = self.tokenizer.with_words(texts)
+        if self.label_matching is not None:
             spans = [label_spans(example.labels, self.label_matching) for example in examples]
             ids, mask, special, label_tokens = self.tokenizer.with_spans(texts, spans)
         return Batch(
@@ -63,6 +67,7 @@ class PairBatches:
             text_mask=mask,
             special_mask=special,
             label_tokens=label_tokens,
+            word_starts=starts,
             sources=tuple(example.source for example in examples),
             damages=damages,
         )
@@ -129,16 +134,20 @@ class ImageBatches:
 class TextBatches:
     """Unpaired texts: for language encoders that are pretrained alone."""
 
-    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer) -> None:
-        self.texts, self.tokenizer = texts, tokenizer
+    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, whole_words: bool = False) -> None:
+        self.texts, self.tokenizer, self.whole_words = texts, tokenizer, whole_words
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        ids, mask, special = self.tokenizer([self.texts[at] for at in positions])
+        texts, starts = [self.texts[at] for at in positions], None
+        if self.whole_words:
+            ids, mask, special, starts = self.tokenizer.with_words(texts)
+        else:
+            ids, mask, special = self.tokenizer(texts)
         keys = tuple(f"text-{at}" for at in positions)
-        return Batch(keys=keys, text_ids=ids, text_mask=mask, special_mask=special)
+        return Batch(keys=keys, text_ids=ids, text_mask=mask, special_mask=special, word_starts=starts)
 
 
 class QuestionBatches:

@@ -21,7 +21,14 @@ from vlm.errors import UserError
 from vlm.locks import only_process
 from vlm.models import ModelConfig
 from vlm.models.adaptation import EncoderConfig
-from vlm.objectives import ImageClassesConfig, MaskedLanguageConfig, MatchingConfig, ObjectiveConfig
+from vlm.objectives import (
+    ContrastiveConfig,
+    DistillationConfig,
+    ImageClassesConfig,
+    MaskedLanguageConfig,
+    MatchingConfig,
+    ObjectiveConfig,
+)
 from vlm.supervision import SupervisionConfig
 from vlm.supervision.ledger import DeclaredConfig
 from vlm.tasks import TaskConfig
@@ -149,6 +156,7 @@ class RunConfig(Config):
     model: ModelConfig = ModelConfig()
     supervision: SupervisionConfig = SupervisionConfig()
     objectives: dict[str, ObjectiveConfig] = Field({})
+    distillation: DistillationConfig | None = None  # of a pretraining: soft targets from a slow copy of the model
     task: TaskConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -175,6 +183,13 @@ class RunConfig(Config):
                 raise ValueError(f"objectives.{name} ({objective.type}) needs data.part={wanted}. Got {self.data.part}")
             if isinstance(objective, MatchingConfig) and objective.text == "masked" and not _masks_pairs(self):
                 raise ValueError(f"objectives.{name}: text=masked needs a masked_language objective beside it")
+            if isinstance(objective, MatchingConfig) and objective.negatives == "hard" and not _has_contrast(self):
+                raise ValueError(f"objectives.{name}: negatives=hard needs a contrastive objective beside it")
+        if self.distillation is not None:
+            if not any(isinstance(o, MaskedLanguageConfig | ContrastiveConfig) for o in self.objectives.values()):
+                raise ValueError("distillation: needs a masked_language or contrastive objective, which learn from it")
+            if "fsdp" in self.trainer.strategy:
+                raise ValueError("distillation: trainer.strategy=fsdp shards the copy's weights. Use ddp")
         return self
 
     @property
@@ -190,6 +205,11 @@ class RunConfig(Config):
 
 def _masks_pairs(config: RunConfig) -> bool:
     return any(isinstance(o, MaskedLanguageConfig) and o.with_image for o in config.objectives.values())
+
+
+def _has_contrast(config: RunConfig) -> bool:
+    """Whether something says how alike an image and a text are; what is from outside may do so too."""
+    return any(isinstance(o, ContrastiveConfig | CustomConfig) for o in config.objectives.values())
 
 
 def _part_of(objective: ObjectiveConfig) -> str | None:
@@ -358,7 +378,8 @@ def build_pretraining(
     num_steps = config.trainer.num_steps(len(train))
     weights = {name: objective.weight for name, objective in config.objectives.items()}
     is_mixture = config.data.part == "pairs" and len(config.supervision.drawn) > 1
-    module = Pretraining(model, objectives, weights, config.optimizer, num_steps, config.seed, is_mixture)
+    options = config.optimizer, num_steps, config.seed, is_mixture, config.distillation
+    module = Pretraining(model, objectives, weights, *options)
     return module, train, validation
 
 
@@ -375,7 +396,9 @@ def pretraining_data(
     supervision = config.supervision
     if config.data.part == "texts":
         lines = [unpaired_texts(root, split).decode().splitlines() for split in ("train", "validation")]
-        return TextBatches(lines[0], tokenizer), TextBatches(_first(config, lines[1]), tokenizer), ()
+        held_out = _first(config, lines[1])
+        words = _masks_whole_words(config)
+        return TextBatches(lines[0], tokenizer, words), TextBatches(held_out, tokenizer, words), ()
     folder = "pairs" if config.data.part == "pairs" else "unimodal"
     splits = ("train", "validation")
     train, validation = (ShardReader(config.data.open_index(root, f"{folder}/{split}")) for split in splits)
@@ -397,7 +420,7 @@ def pretraining_data(
     sources, matching = supervision.sources, _label_matching(config)
     beside = open_beside(supervision.drawn, "train", train, chosen)
     beside_held_out = open_beside(supervision.drawn, "validation", validation, held_out)
-    options = matching, config.data.damaged, config.seed
+    options = matching, config.data.damaged, config.seed, _masks_whole_words(config)
     return (
         PairBatches(train, chosen, sources, images[0], tokenizer, negatives, beside, *options),
         PairBatches(validation, held_out, sources, images[1], tokenizer, negatives, beside_held_out, *options),
@@ -428,6 +451,10 @@ def _label_matching(config: RunConfig) -> LabelMatching | None:
     if len(wanted) > 1:
         raise UserError("objectives: label_masking is sound for one and released for another. Give one for all")
     return None if not wanted else "position" if wanted == {"sound"} else "substring"
+
+
+def _masks_whole_words(config: RunConfig) -> bool:
+    return any(isinstance(o, MaskedLanguageConfig) and o.masking == "whole_word" for o in config.objectives.values())
 
 
 def _negative_fraction(objective: ObjectiveConfig) -> float:

@@ -89,6 +89,7 @@ class Batch:
     text_mask: Bool[Tensor, "b l"] | None = None  # True at real tokens
     special_mask: Bool[Tensor, "b l"] | None = None  # True at CLS, SEP and padding: never masked out for prediction
     label_tokens: Bool[Tensor, "b labels l"] | None = None  # True at the tokens of each label; only where asked for
+    word_starts: Int[Tensor, "b l"] | None = None  # where each token's word begins; only where asked for
     targets: Float[Tensor, "b k"] | Int[Tensor, " b"] | None = None
     sources: tuple[Source, ...] = ()  # one a text
     damages: tuple[Damage, ...] = ()  # examples that others stand in for
@@ -101,7 +102,8 @@ class View:
     """What one objective wants encoded: images alone, texts alone, both apart in the fusion's width, or fused pairs.
 
     Views that hold the *same* `text_ids` tensor share one pass through the language encoder, and all views share one
-    pass of the batch's images through the vision encoder.
+    pass of the batch's images through the vision encoder. "apart" without `text_ids` is the images alone, in the
+    fusion's width.
     """
 
     kind: Literal["image", "text", "apart", "pair"]
@@ -110,6 +112,9 @@ class View:
     text_index: Int[Tensor, " n"] | None = None  # which text each pair takes; None: all, in order
     image_index: Int[Tensor, " n"] | None = None  # which image each pair takes; None: all, in order
     targets: dict[str, Tensor] = field(default_factory=dict)  # what the objective wants to find again at its loss
+    similarity: Callable[[Encoded], Tensor] | None = None  # of "apart": logits of each text with each image
+    chosen_from: View | None = None  # an "apart" view whose states decide the pairs of this one, and how:
+    choose: Callable[[Encoded], tuple[Tensor, Tensor]] | None = None  # its text_index and image_index
 
 
 @dataclass(slots=True)

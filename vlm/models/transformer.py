@@ -11,14 +11,18 @@ from torch.nn import functional as F
 
 
 class Attention(nn.Module):
-    """Multi-head scaled-dot-product attention from `x` to `context` (self-attention where they are the same)."""
+    """Multi-head scaled-dot-product attention from `x` to `context` (self-attention where they are the same).
 
-    def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
+    `causal`: each place reads those up to its own; then there is no mask, and padding comes last.
+    """
+
+    def __init__(self, width: int, num_heads: int, dropout: float = 0.0, causal: bool = False) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width must be a multiple of num_heads. Got {width} and {num_heads}")
         self.num_heads = num_heads
         self.dropout = dropout
+        self.causal = causal
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
@@ -33,7 +37,9 @@ class Attention(nn.Module):
         key, value = (self._heads(part) for part in self.key_value(context).chunk(2, dim=-1))
         mask = None if context_mask is None else context_mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=self.causal
+        )
         output: Tensor = self.output(attended.transpose(1, 2).flatten(2))
         return output
 

@@ -100,18 +100,27 @@ class VisionLanguageModel(nn.Module):
     def encode(
         self, image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b *k p dv"] | None, views: Sequence[View]
     ) -> list[Encoded]:
-        """The states of each view, in order, with nothing computed twice."""
+        """The states of each view, in order, with nothing computed twice.
+
+        Views whose pairs are chosen by the states of this step (`View.choose`) hold them afterwards.
+        """
         image_states = None
         if any(view.kind != "text" for view in views):
             if image is None:
                 raise ValueError("a view asks for images, but the batch has none")
             image_states = self.encode_image(image)
-        text_states = self._encode_distinct_texts(views)
-        joint = [view for view in views if view.kind in ("pair", "apart")]
+        others = [view.chosen_from for view in views if view.chosen_from is not None]
+        text_states = self._encode_distinct_texts([*views, *others])
+        joint = [view for view in [*views, *others] if view.kind in ("pair", "apart")]
         image, texts = None, {}
         if joint:
             image = self.project_image(cast(Tensor, image_states))
-            texts = {id(v.text_ids): self.language_projection(text_states[id(v.text_ids)]) for v in joint}
+            own = {id(view.text_ids) for view in joint if view.text_ids is not None}
+            texts = {number: self.language_projection(text_states[number]) for number in own}
+        for view in views:
+            if view.choose is not None and view.chosen_from is not None:
+                with torch.no_grad():
+                    view.text_index, view.image_index = view.choose(self._apart(view.chosen_from, image, texts))
         pairs = iter(self._fuse(image, texts, [view for view in views if view.kind == "pair"]))
         encoded = []
         for view in views:
@@ -120,7 +129,7 @@ class VisionLanguageModel(nn.Module):
             elif view.kind == "text":
                 encoded.append(Encoded(text=self.last_layer(text_states[id(view.text_ids)])))
             elif view.kind == "apart":
-                encoded.append(Encoded(self.last_layer(texts[id(view.text_ids)]), self.last_layer(cast(Tensor, image))))
+                encoded.append(self._apart(view, image, texts))
             else:
                 encoded.append(next(pairs))
         return encoded
@@ -154,6 +163,11 @@ class VisionLanguageModel(nn.Module):
         text = text.expand(size, *text.shape[1:])
         fused_image, fused_text = self.fusion(image, text, mask.expand(size, -1))
         return self.pooler(fused_text, fused_image)  # type: ignore[no-any-return]  # a module's call gives Any
+
+    def _apart(self, view: View, image: Tensor | None, texts: dict[int, Tensor]) -> Encoded:
+        """Projected states of the last layers, and no text where the view has none."""
+        text = texts.get(id(view.text_ids))
+        return Encoded(None if text is None else self.last_layer(text), self.last_layer(cast(Tensor, image)))
 
     def _encode_distinct_texts(self, views: Sequence[View]) -> dict[int, Float[Tensor, "b *k l dl"]]:
         """Language states by the identity of each distinct `text_ids` tensor, from one call of the encoder."""

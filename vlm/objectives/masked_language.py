@@ -20,17 +20,30 @@ if TYPE_CHECKING:
 
 
 def mask_tokens(
-    ids: Int[Tensor, "b l"], special: Bool[Tensor, "b l"], fraction: float, mask_id: int, vocabulary_size: int
+    ids: Int[Tensor, "b l"],
+    special: Bool[Tensor, "b l"],
+    fraction: float,
+    mask_id: int,
+    vocabulary_size: int,
+    word_starts: Int[Tensor, "b l"] | None = None,
 ) -> tuple[Int[Tensor, "b l"], Bool[Tensor, "b l"]]:
     """Masked ids and the positions to predict: `fraction` of real tokens and at least one a text.
 
     Of those, 80% become the mask token, 10% a random one and 10% stay (Devlin et al., arXiv 1810.04805, section 3.1).
+
+    `word_starts`: where each token's word begins; then `fraction` of the words, each with all of its tokens. Which of
+    the 80/10/10 befalls a token is drawn token by token, as in the authors' code (Cui et al., arXiv 1906.08101).
     """
-    draw = torch.rand(ids.shape, device=ids.device).masked_fill(special, 2.0)
+    draw = torch.rand(ids.shape, device=ids.device)
+    if word_starts is not None:
+        draw = draw.gather(1, word_starts)
+    draw = draw.masked_fill(special, 2.0)
     predicted = draw < fraction
     rows = torch.arange(len(ids), device=ids.device)
     lowest = draw.argmin(dim=1)
     predicted[rows, lowest] |= draw[rows, lowest] < 2.0  # a short text would often have nothing to predict
+    if word_starts is not None:
+        predicted = predicted.gather(1, word_starts)  # the other tokens of that word; the first is the lowest
     choice = torch.rand(ids.shape, device=ids.device)
     random_ids = torch.randint(vocabulary_size, ids.shape, device=ids.device)
     masked = torch.where(predicted & (choice < 0.8), mask_id, ids)
@@ -78,9 +91,12 @@ def mask_labels(
 class MaskedLanguage(Objective):
     """Cross-entropy over masked tokens; vocabulary logits are computed at those positions only.
 
-    With `masking=whole_label`, texts that are lists of labels lose whole labels and all others tokens, as before. A
-    text without words has nothing to predict and adds nothing to the loss.
+    With `masking=whole_word` a word is hidden with all of its tokens. With `masking=whole_label`, texts that are lists
+    of labels lose whole labels and all others tokens, as before. A text without words has nothing to predict and adds
+    nothing to the loss.
     """
+
+    distils = True
 
     def __init__(self, config: MaskedLanguageConfig, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -92,9 +108,13 @@ class MaskedLanguage(Objective):
 
     def view(self, batch: Batch) -> View:
         assert batch.text_ids is not None and batch.special_mask is not None
-        masked, predicted = mask_tokens(
-            batch.text_ids, batch.special_mask, self.config.mask_fraction, self.mask_id, self.vocabulary_size
-        )
+        starts = None
+        if self.config.masking == "whole_word":
+            starts = batch.word_starts
+            if starts is None:
+                raise ValueError("masking=whole_word needs a batch that says where words begin")
+        special, share = batch.special_mask, self.config.mask_fraction
+        masked, predicted = mask_tokens(batch.text_ids, special, share, self.mask_id, self.vocabulary_size, starts)
         if self.config.masking == "whole_label" and batch.label_tokens is not None:
             released = self.config.label_masking == "released"
             fraction, tokens = self.config.mask_fraction, batch.label_tokens
@@ -125,4 +145,12 @@ class MaskedLanguage(Objective):
             return Items(rows, F.cross_entropy(logits.detach().float(), ids, reduction="none"), correct)
 
         value = F.cross_entropy(logits.float(), ids)
+        if "soft" in view.targets:
+            alpha, soft = view.targets["alpha"], view.targets["soft"]
+            value = (1 - alpha) * value + alpha * F.cross_entropy(logits.float(), soft)
         return Loss(value, len(ids), {"accuracy": correct.float().mean()}, items)
+
+    def teach(self, view: View, encoded: Encoded) -> dict[str, Tensor]:
+        """A distribution over the vocabulary for each masked token."""
+        assert encoded.text is not None
+        return {"soft": self.head(encoded.text[view.targets["predicted"]]).float().softmax(-1)}

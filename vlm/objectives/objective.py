@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlm.types import Batch, Encoded, Loss, View
 
 
 class Objective(nn.Module, ABC):
-    """A pretraining loss in two halves, so that the model can encode for all objectives at once."""
+    """A pretraining loss in two halves, so that the model can encode for all objectives at once.
+
+    One that learns from soft targets too (`distillation.py`) says so and has `teach`; it finds what that returned, and
+    the weight `alpha` of it, in the targets of the view at its loss.
+    """
+
+    distils: ClassVar[bool] = False
 
     @abstractmethod
     def view(self, batch: Batch) -> View:
@@ -31,3 +38,7 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def loss(self, view: View, encoded: Encoded) -> Loss:
         """The loss and its figures, from the states of the view."""
+
+    def teach(self, view: View, encoded: Encoded) -> dict[str, Tensor]:
+        """Soft targets for the view, from a teacher's states of it; for objectives that distil."""
+        raise NotImplementedError

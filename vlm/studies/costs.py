@@ -194,7 +194,10 @@ def shape_of(config: RunConfig) -> str:
     task = task_of(config)
     turn = [getattr(task, name, None) for name in ("type", "images_per_text", "images_in_turn")]
     objectives = {name: objective.model_dump(mode="json") for name, objective in config.objectives.items()}
-    return json.dumps([model, objectives, config.data.part, turn], sort_keys=True, default=str)
+    shape: list[Any] = [model, objectives, config.data.part, turn]
+    if config.distillation is not None:
+        shape.append(config.distillation.model_dump(mode="json"))
+    return json.dumps(shape, sort_keys=True, default=str)
 
 
 def measure_step(config: RunConfig, text_tokens: int | None = None) -> Step:
@@ -257,6 +260,7 @@ def _module_and_batch(config: RunConfig, tokens: int) -> tuple[TrainingModule, B
     """The training module with zeros for weights, and a batch of random examples with texts of `tokens` tokens."""
     import torch
 
+    from vlm.objectives import greatest_weight
     from vlm.training.finetuning import Finetuning
     from vlm.training.pretraining import Pretraining
     from vlm.types import Batch, Source
@@ -271,12 +275,13 @@ def _module_and_batch(config: RunConfig, tokens: int) -> tuple[TrainingModule, B
         if task is None:
             classes = tuple(f"class {number}" for number in range(NUM_CLASSES))
             objectives = {name: o.build(model, tokenizer, classes) for name, o in config.objectives.items()}
-            weights = {name: objective.weight for name, objective in config.objectives.items()}
-            module: TrainingModule = Pretraining(model, objectives, weights, config.optimizer, 1, 0)
+            weights = {name: greatest_weight(objective.weight) for name, objective in config.objectives.items()}
+            options = model, objectives, weights, config.optimizer, 1, 0
+            module: TrainingModule = Pretraining(*options, distillation=config.distillation)
         else:
             answers = [str(number) for number in range(ANSWERS.get(task.type, ANSWERS["vqav2"]))]
-            options = config.optimizer, 1, 0, task.images_in_turn
-            module = Finetuning(model, answers, task.images_per_text, task.multi_label, *options)
+            optimizer, in_turn = config.optimizer, task.images_in_turn
+            module = Finetuning(model, answers, task.images_per_text, task.multi_label, optimizer, 1, 0, in_turn)
     _fill_with_zeros(module)
 
     images_per_text = 1 if task is None else task.images_per_text
@@ -306,6 +311,7 @@ def _module_and_batch(config: RunConfig, tokens: int) -> tuple[TrainingModule, B
         special_mask=special if has_text else None,
         targets=targets,
         sources=sources,
+        word_starts=torch.arange(tokens).expand(count, -1) if has_text else None,
         images_per_text=images_per_text,
     )
     return module, batch

@@ -85,7 +85,7 @@ class TrainingModule(lightning.LightningModule):
         self._items_of_step = dict(zip(self._items[0], counts.tolist(), strict=True))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        for name in ("image", "text_ids", "text_mask", "special_mask", "label_tokens", "targets"):
+        for name in ("image", "text_ids", "text_mask", "special_mask", "label_tokens", "word_starts", "targets"):
             value = getattr(batch, name)
             if isinstance(value, Tensor):
                 setattr(batch, name, value.to(device, non_blocking=True))

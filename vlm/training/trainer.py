@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, T
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vlm.errors import UserError
+from vlm.objectives import WeightSchedule
 from vlm.training.averaging import AveragedWeights, BestAverage
 from vlm.training.bad_steps import BadSteps
 from vlm.training.damage import DamagedExamples
@@ -205,4 +206,8 @@ class TellProgress(Callback):
 
 def _uses_all(config: RunConfig) -> bool:
     """Whether every parameter gets a gradient each step; DDP must know where some do not."""
-    return config.task is not None or any(objective.type == "matching" for objective in config.objectives.values())
+    if config.task is not None:
+        return True
+    weights = [objective.weight for objective in config.objectives.values()]
+    is_constant = all(weight and not isinstance(weight, WeightSchedule) for weight in weights)
+    return is_constant and any(objective.type == "matching" for objective in config.objectives.values())

@@ -117,6 +117,21 @@ class Tokenizer:
                         tokens[row, label] |= (starts < end) & (ends > start)
         return ids, mask, special, tokens & ~special[:, None]
 
+    def with_words(
+        self, texts: Sequence[str]
+    ) -> tuple[Int[Tensor, "n l"], Bool[Tensor, "n l"], Bool[Tensor, "n l"], Int[Tensor, "n l"]]:
+        """As for a call, and for each token the place of the first token of its word; a special one is its own.
+
+        Words are what the tokenizer splits a text into before it splits words into pieces.
+        """
+        encodings = self.backend.encode_batch(list(texts))
+        starts = []
+        for encoding in encodings:
+            first: dict[int, int] = {}
+            numbers = enumerate(encoding.word_ids)
+            starts.append([place if word is None else first.setdefault(word, place) for place, word in numbers])
+        return *self._tensors(encodings), torch.tensor(starts)
+
     def _tensors(
         self, encodings: Sequence[tokenizers.Encoding]
     ) -> tuple[Int[Tensor, "n l"], Bool[Tensor, "n l"], Bool[Tensor, "n l"]]:
