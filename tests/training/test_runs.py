@@ -81,10 +81,17 @@ def killed_after_its_first_checkpoint(config: RunConfig) -> None:
     assert 0 < read_checkpoint(config.run_folder, LAST)["global_step"] < 60
 
 
-@pytest.mark.parametrize("name", ["pretrain", "finetune"])
-def test_a_run_killed_in_the_middle_of_a_pass_ends_with_the_same_weights(make_config: MakeConfig, name: str) -> None:
+TAUGHT = ("objectives=albef", "objectives.matching.weight={initial: 0, final: 1}", "distillation={momentum: 0.9}")
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("pretrain", ()), ("pretrain", TAUGHT), ("finetune", ())], ids=["pretrain", "taught", "finetune"]
+)
+def test_a_run_killed_in_the_middle_of_a_pass_ends_with_the_same_weights(
+    make_config: MakeConfig, name: str, more: tuple[str, ...]
+) -> None:
     """Pass length: 4 steps of 16; the checkpoint that the run resumes from lies inside one."""
-    options = ("trainer.samples=960", "trainer.checkpoint_every_steps=7", "trainer.select=last")
+    options = ("trainer.samples=960", "trainer.checkpoint_every_steps=7", "trainer.select=last", *more)
     whole = train(make_config(name, *options, folder="whole"))
     config = make_config(name, *options, folder="killed")
     killed_after_its_first_checkpoint(config)
