@@ -248,7 +248,7 @@ def test_compiled_blocks_train_to_the_same_weights_under_the_same_names(make_con
     assert len(set(map(fingerprint, configs))) == 1
     process = start_in_subprocess(configs[1])
     log = configs[1].run_folder / "log.txt"
-    assert process.wait(timeout=240) == 0 and "uncompiled" not in log.read_text(), log.read_text()
+    assert process.wait(timeout=900) == 0 and "uncompiled" not in log.read_text(), log.read_text()
     assert_same_weights(train(configs[0]), configs[1].run_folder, tolerance=2e-4)
 
 
