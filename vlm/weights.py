@@ -101,11 +101,7 @@ def fill(module: nn.Module, states: Mapping[str, Tensor], prefix: str, source: P
 
     `assign`: the module takes the tensors themselves, in place of a copy; only those of another precision are copied.
     """
-    own, wanted = under(states, prefix), module.state_dict()
-    for name, inner in module.named_modules():
-        if hasattr(inner, "fit_states"):  # an encoder that knows what another image size changes
-            start = f"{name}." if name else ""
-            own |= {start + changed: tensor for changed, tensor in inner.fit_states(under(own, name)).items()}
+    own, wanted = _at_this_size(module, under(states, prefix)), module.state_dict()
     lacking = [name for name in wanted if name not in own]
     foreign = [name for name in own if name not in wanted]
     problem = ""
@@ -123,6 +119,20 @@ def fill(module: nn.Module, states: Mapping[str, Tensor], prefix: str, source: P
     if assign:
         own = {name: tensor.to(wanted[name].dtype) for name, tensor in own.items()}
     module.load_state_dict(own, assign=assign)
+
+
+def _at_this_size(module: nn.Module, states: Mapping[str, Tensor], skip: Collection[str] = ()) -> dict[str, Tensor]:
+    """The states with what another image size changes brought to the module's own, by the encoders that know how."""
+    fitted = dict(states)
+    for name, inner in module.named_modules():
+        if not hasattr(inner, "fit_states") or _is_below(name, skip):
+            continue
+        start = f"{name}." if name else ""
+        try:
+            fitted |= {start + own: tensor for own, tensor in inner.fit_states(under(states, name)).items()}
+        except (RuntimeError, ValueError, LookupError, AssertionError):
+            continue  # of another shape altogether, which is told with its name
+    return fitted
 
 
 def _misfit(prefix: str, name: str, found: Tensor, wanted: Tensor) -> str | None:
@@ -174,7 +184,7 @@ def take_what_fits(
 
     A tensor of another shape is an error: it is never skipped in silence. `option` is where the caller set `skip`.
     """
-    wanted = module.state_dict()
+    wanted, states = module.state_dict(), _at_this_size(module, states, skip)
     shared = {name: tensor for name, tensor in states.items() if name in wanted and not _is_below(name, skip)}
     unknown = [name for name in skip if not any(_is_below(tensor, [name]) for tensor in (*wanted, *states))]
     if unknown:

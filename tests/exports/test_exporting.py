@@ -144,6 +144,12 @@ def test_weights_of_other_shapes_are_refused_by_name(finetuned_export: Path, tmp
     rewrite_manifest(folder)
     with pytest.raises(UserError, match=rf"{name} has shape \(8,\) there and \(16,\) here.*load_partially"):
         vlm.load(folder)
+    position = "model.vision.position"
+    for odd in (torch.zeros(8), torch.zeros(1, 7, 16), torch.zeros(1, 9, 5), torch.zeros(0)):
+        save_file(states | {position: odd}, folder / "model.safetensors")
+        rewrite_manifest(folder)
+        with pytest.raises(UserError, match=rf"{position} has shape .* there and \(1, \d+, 16\) here"):
+            vlm.load(folder)
     save_file({key: value for key, value in states.items() if key != name}, folder / "model.safetensors")
     rewrite_manifest(folder)
     with pytest.raises(UserError, match=f"it lacks {name}"):

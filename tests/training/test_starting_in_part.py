@@ -71,6 +71,11 @@ def test_a_run_takes_a_part_tells_it_once_and_counts_it(
     assert torch.equal(begin_model(from_weights)[0].vision.state_dict()["norm.weight"], there["vision.norm.weight"])
     assert pairs(from_weights, "vision") == 32
 
+    larger = make_config("finetune", *options, "start_without=[]", "model.vision.image_pixels=96")
+    model, found = begin_model(larger)
+    assert found is not None and not found.new
+    assert model.vision.position.shape[1] == 4 * there["vision.position"].shape[1]
+
     anew = make_config("finetune", *options, "start_without=[language]")
     root = anew.data.prepare(progress=False)
     assert (root / "texts" / "train.txt").is_file()
