@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -33,6 +34,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{file}: not a whole safetensors file, and nothing in it was run ({reason}). Copy or export it again"
         ) from None
+
+
+_FOR_USE = ContextVar("for_use", default=False)
+
+
+def builds_for_use() -> bool:
+    """Whether the model at hand is built by `parameters_on_meta`, to be filled and used, and not to be trained."""
+    return _FOR_USE.get()
 
 
 class TooLargeError(UserError):
@@ -67,11 +76,13 @@ def parameters_on_meta(states: Mapping[str, Tensor] | None = None) -> Iterator[N
         register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    token = _FOR_USE.set(True)
     try:
         with _Unfilled():
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _FOR_USE.reset(token)
 
 
 class _Unfilled(TorchFunctionMode):

@@ -143,6 +143,14 @@ def test_an_export_brings_the_architecture_of_its_encoders(borrowed: Path) -> No
     assert vlm.load(borrowed).match(SCENES, TEXTS).shape == (5,)
 
 
+def test_loading_for_use_leaves_out_what_training_alone_needs(borrowed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a pass back through the encoder takes longer than loading its weights")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    vlm.load(borrowed)
+
+
 def test_the_encoders_come_back_as_models_of_their_libraries(borrowed: Path, tmp_path: Path) -> None:
     import timm
     import transformers

@@ -17,6 +17,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from vlm.errors import UserError
+from vlm.weights import builds_for_use
 
 PACKAGE = "package:"  # weights="package:IMPORT_NAME" takes the checkpoint that an installed package ships
 
@@ -97,7 +98,12 @@ class TimmFeatures(nn.Module):
         return {f"model.{name}": tensor for name, tensor in adapt(theirs, self.model).items()}
 
     def _freeze_what_follows_the_features(self) -> None:
-        """Found by a pass over shapes alone. DDP refuses parameters that wait for a gradient and get none."""
+        """Found by a pass over shapes alone. DDP refuses parameters that wait for a gradient and get none.
+
+        What is built to be filled and used learns nothing: left out there, where it takes longer than all else.
+        """
+        if builds_for_use():
+            return
         named = [*self.named_parameters(), *self.named_buffers()]
         shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
         parameters = {name: shapes[name].requires_grad_() for name, _ in self.named_parameters()}
