@@ -41,10 +41,10 @@ class ConceptualCaptionsPreparerConfig(ImageTextConfig):
     """Tables are found by their official names unless given. Paths are seen from the release's folder."""
 
     type: Literal["conceptual_captions"] = "conceptual_captions"
-    train_table: Path | None = None
-    validation_table: Path | None = None
+    train_table: Path | None = None  # captions of the training images
+    validation_table: Path | None = None  # captions of the validation images
     labels: bool = False  # machine labels too, where the Image Labels subset has the url
-    label_table: Path | None = None
+    label_table: Path | None = None  # the Image Labels subset
     first_row: NonNegativeInt = 0  # how numbered folders call the first row of a table
 
 
@@ -52,10 +52,10 @@ class MachineLabelsPreparerConfig(ImageTextConfig):
     """The examples are the rows of the Image Labels subset; a part of them, drawn by hash, is kept for validation."""
 
     type: Literal["machine_labels"] = "machine_labels"
-    label_table: Path | None = None
+    label_table: Path | None = None  # the Image Labels subset
     train_table: Path | None = None  # only numbered folders need it: their numbers are rows of this table
-    validation_fraction: float = Field(0.01, ge=0, lt=1)
-    first_row: NonNegativeInt = 0
+    validation_fraction: float = Field(0.01, ge=0, lt=1)  # of the rows, by the hash of their urls
+    first_row: NonNegativeInt = 0  # how numbered folders call the first row of a table
 
 
 def prepare_conceptual_captions(config: ConceptualCaptionsPreparerConfig, options: Options) -> None:

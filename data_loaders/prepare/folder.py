@@ -66,14 +66,14 @@ MAX_KEY_LENGTH = 95  # with a suffix it is a name in a tar, which holds 100 lett
 class TableConfig(Config):
     """The file, seen from the release's folder, and its columns. A column that is not named is not read."""
 
-    file: Path | None = None
+    file: Path | None = None  # the table; None: another layout
     image: str = "image"  # a path seen from the table's folder
     text: str | None = None  # one text, or a JSON list of texts
-    tags: str | None = None
+    tags: str | None = None  # labels that a machine gave
     scores: str | None = None  # in [0, 1], one a tag
-    classes: str | None = None
-    split: str | None = None
-    key: str | None = None
+    classes: str | None = None  # true classes
+    split: str | None = None  # train or validation
+    key: str | None = None  # a name of the image; None: of its path
     separator: str = Field(",", min_length=1)  # inside a cell of tags, scores or classes
 
 
@@ -81,9 +81,9 @@ class FolderPreparerConfig(ImageTextConfig):
     """`auto` is a table if one is named, sidecars if an image and a text share a name, and class folders otherwise."""
 
     type: Literal["folder"] = "folder"
-    layout: Literal["auto", "table", "sidecars", "class_folders"] = "auto"
+    layout: Literal["auto", "table", "sidecars", "class_folders"] = "auto"  # how the folder is read
     table: TableConfig = TableConfig()
-    validation_fraction: float = Field(0.05, ge=0, lt=1)
+    validation_fraction: float = Field(0.05, ge=0, lt=1)  # of the keys, by hash, where nothing else names a split
     part: Literal["auto", "pairs", "unimodal"] = "auto"  # auto: `unimodal` where classes are all there is
     licence: str = "not stated"  # for the manifest
 

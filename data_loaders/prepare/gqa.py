@@ -37,7 +37,7 @@ class GQAPreparerConfig(Config):
 
     type: Literal["gqa"] = "gqa"
     splits: tuple[Literal["train", "validation", "test", "submission"], ...] | None = None
-    all_questions: bool = True
+    all_questions: bool = True  # keep the files of all questions too, for scoring and `task.train_on=all`
 
 
 def prepare_gqa(config: GQAPreparerConfig, options: Options) -> None:

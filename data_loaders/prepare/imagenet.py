@@ -48,9 +48,9 @@ class ImageNetPreparerConfig(ImageTextConfig):
     """`renamed` names classes by hand, by wnid; `distinguish` uses it where no synonym tells two classes apart."""
 
     type: Literal["imagenet"] = "imagenet"
-    synsets: Path | None = None
+    synsets: Path | None = None  # the file of the classes' names; None: LOC_synset_mapping.txt, wherever it is
     names: Literal["first", "all"] = "first"  # the first synonym, or all of them
-    homonyms: Literal["collapse", "distinguish"] = "collapse"
+    homonyms: Literal["collapse", "distinguish"] = "collapse"  # collapse: classes of one name are one
     renamed: dict[str, str] = Field(RENAMED)
     balanced: bool = False  # as many images of each class, taken by hash, after the collapse
     images_per_class: PositiveInt | None = None  # of train, with `balanced`; None: as many as the smallest class has

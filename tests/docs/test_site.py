@@ -15,7 +15,7 @@ import pytest
 
 from vlm.config import compose
 from vlm.docs import schema
-from vlm.docs.conf import filled, readme_section
+from vlm.docs.conf import OF_VERBS, filled, readme_section
 from vlm.run import RunConfig
 from vlm.studies.plan import StudyConfig
 
@@ -52,7 +52,15 @@ def test_every_key_of_the_schema_is_on_its_page(model: type[pydantic.BaseModel],
     assert len(keys) > 20
 
 
-@pytest.mark.parametrize("model", [RunConfig, StudyConfig])
+def test_every_key_of_every_verb_is_on_the_page_of_verbs() -> None:
+    text = filled((DOCS / "pages" / "verbs.md").read_text())
+    parts = re.split(r"^## `([^`]+)`$", text, flags=re.MULTILINE)[1:]
+    of_verbs = dict(zip(parts[::2], parts[1::2], strict=True))
+    for verb, model in OF_VERBS.items():
+        assert set(keys_of(model)) == set(re.findall(r"^\| `([^`]+)`", of_verbs[verb], re.MULTILINE)), verb
+
+
+@pytest.mark.parametrize("model", [RunConfig, StudyConfig, *OF_VERBS.values()])
 def test_every_key_has_a_meaning(model: type[pydantic.BaseModel]) -> None:
     """Where this fails: write a comment behind the field, or name it in the docstring of its class."""
     silent = [key.path for section in schema.sections(model) for key in section.keys if not key.meaning]
@@ -73,7 +81,7 @@ def test_meanings_and_defaults_are_those_of_the_source() -> None:
 
 def test_no_meaning_is_kept_for_a_field_that_is_gone() -> None:
     fields = set()
-    for model in all_models(RunConfig) | all_models(StudyConfig):
+    for model in set().union(*(all_models(one) for one in (RunConfig, StudyConfig, *OF_VERBS.values()))):
         fields |= {name for name in model.model_fields}
         fields |= {f"{base.__name__}.{name}" for base in model.__mro__ for name in model.model_fields}
     assert set(schema.PLAIN) - fields == set()

@@ -1,7 +1,7 @@
 """How Sphinx builds the documentation: `make docs`, into .site, with warnings as errors and nothing from elsewhere.
 
 A line of a page that is `<!-- README: Heading -->` stands for what the README says under that heading, and
-`<!-- keys of a run -->`, `<!-- keys of a study -->` and `<!-- packaged configs -->` for what the code says of them.
+`<!-- keys of a run -->` and the other names in `GENERATED` for what the code says of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_loaders.prepare.conceptual_captions import ConceptualCaptionsPreparerConfig, MachineLabelsPreparerConfig
+from data_loaders.prepare.emoji_config import EmojiConfig
+from data_loaders.prepare.folder import FolderPreparerConfig
+from data_loaders.prepare.gqa import GQAPreparerConfig
+from data_loaders.prepare.imagenet import ImageNetPreparerConfig
+from data_loaders.prepare.nlvr2 import NLVR2PreparerConfig
+from data_loaders.prepare.vqav2 import VQAv2PreparerConfig
+from data_loaders.world.config import WorldConfig
+from vlm.config import Config
 from vlm.docs import schema
+from vlm.labelling import LabellingConfig
 from vlm.run import RunConfig
 from vlm.studies.plan import StudyConfig
 
@@ -31,14 +41,35 @@ html_css_files = ["tables.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
+html_show_copyright = False
 show_warning_types = True
 nitpicky = True
 myst_heading_anchors = 4
 pygments_style = "friendly"
 
+OF_VERBS: dict[str, type[Config]] = {
+    "vlm prepare conceptual_captions": ConceptualCaptionsPreparerConfig,
+    "vlm prepare machine_labels": MachineLabelsPreparerConfig,
+    "vlm prepare imagenet": ImageNetPreparerConfig,
+    "vlm prepare folder": FolderPreparerConfig,
+    "vlm prepare vqav2": VQAv2PreparerConfig,
+    "vlm prepare gqa": GQAPreparerConfig,
+    "vlm prepare nlvr2": NLVR2PreparerConfig,
+    "vlm prepare world": WorldConfig,
+    "vlm prepare emoji": EmojiConfig,
+    "vlm label": LabellingConfig,
+}
+"""Verbs that take `key=value` of a schema of their own."""
+
+
+def keys_of_verbs() -> str:
+    return "\n".join(f"\n## `{verb}`\n\n{schema.page(model, level=2)}" for verb, model in OF_VERBS.items())
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "keys of a run": lambda: schema.page(RunConfig),
     "keys of a study": lambda: schema.page(StudyConfig),
+    "keys of verbs": keys_of_verbs,
     "packaged configs": schema.packaged_configs,
 }
 

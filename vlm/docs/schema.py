@@ -64,6 +64,11 @@ PLAIN = {
     "patch_dropout": "Fraction of each image's patches that no step of training sees, drawn anew in each.",
     "resampler_depth": "Layers of the resampler.",
     "reader": "The fusion that reads the latents.",
+    "splits": "Which splits to prepare; `null`: those that are there.",
+    "TimmLabellerConfig.name": "A model of timm.",
+    "OpenClipLabellerConfig.name": "ARCHITECTURE/PRETRAINED, as open_clip lists them.",
+    "OpenClipLabellerConfig.weights": "A file in place of the pretrained tag.",
+    "templates": "The sentences that a label stands in, at `{}`; the states of these are averaged.",
     "fraction": "Of the examples, this fraction may be seen.",
     "column": "Where the scores stand.",
     "direction": "Which scores are the best.",
@@ -162,7 +167,7 @@ def _variants(members: list[Model], path: str, level: int) -> Iterator[Section]:
 def _section(model: Model, path: str, variant: str | None, level: int, names: list[str], first: str = "") -> Section:
     text, _ = _docstring(model)
     keys = []
-    for name in names:
+    for name in sorted(names, key=lambda name: name != "type"):
         field = model.model_fields[name]
         extra = field.json_schema_extra
         is_identity = not (isinstance(extra, dict) and extra.get("identity") is False)
@@ -299,7 +304,7 @@ def meaning_of(model: Model, name: str) -> str:
     owners = [owner for owner in model.__mro__ if issubclass(owner, pydantic.BaseModel) and name in owner.model_fields]
     found = [
         *(PLAIN.get(f"{owner.__name__}.{name}", "") for owner in owners),
-        PLAIN[name] if name == "type" else "",
+        PLAIN[name] if name in ("type", "target") else "",
         *(_comments(owner).get(name, "") for owner in owners),
         _sentence(field.description or ""),
         *(_docstring(owner)[1].get(name, "") for owner in owners),
@@ -392,9 +397,9 @@ def _sentence(text: str, values: Sequence[str] = ()) -> str:
 # --- To Markdown -----------------------------------------------------------------------------------------------------
 
 
-def page(model: Model) -> str:
-    """All sections of a schema as the body of a page."""
-    return "\n".join(line for section in sections(model) for line in _markdown(section))
+def page(model: Model, level: int = 1) -> str:
+    """All sections of a schema as the body of a page, or of what stands under a heading of this level."""
+    return "\n".join(line for section in sections(model, level=level) for line in _markdown(section))
 
 
 def _markdown(section: Section) -> Iterator[str]:

@@ -32,7 +32,7 @@ class TimmLabellerConfig(Config):
     type: Literal["timm"] = "timm"
     name: str
     weights: str | None = None
-    activation: Activation = "softmax"
+    activation: Activation = "softmax"  # sigmoid where several labels may be right
 
     def build(self, vocabulary: tuple[str, ...] | None) -> Labeller:
         from vlm.labelling.labellers import TimmLabeller
@@ -49,7 +49,7 @@ class OpenClipLabellerConfig(Config):
     type: Literal["open_clip"] = "open_clip"
     name: str
     weights: Path | None = None
-    activation: Activation = "softmax"
+    activation: Activation = "softmax"  # sigmoid where several labels may be right
     templates: tuple[str, ...] = Field(("a photo of a {}.",), min_length=1)
 
     def build(self, vocabulary: tuple[str, ...] | None) -> Labeller:
@@ -66,8 +66,8 @@ class LabellingConfig(Config):
 
     labeller: LabellerConfig
     vocabulary: Path | None = None  # one label a line; None: the labeller's own, where it has one
-    min_score: float = Field(0.01, ge=0, le=1)
+    min_score: float = Field(0.01, ge=0, le=1)  # labels below are not kept
     max_labels: PositiveInt = 15  # as many as the published machine labels of Conceptual Captions have at most
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt = 64  # images that the labeller sees at a time
     num_workers: NonNegativeInt = 0  # processes that decode
     damaged: Literal["stop", "skip"] = "stop"
