@@ -21,9 +21,9 @@ check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
-# Into .site; a warning is an error.
+# Into .site; a warning is an error. -E: pages are made of files that Sphinx does not know of, so all are read again.
 docs: $(VENV)/.installed-docs
-	$(VENV)/bin/python -m sphinx -W --keep-going -q -c vlm/docs vlm/docs/pages .site
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -E -c vlm/docs vlm/docs/pages .site
 
 clean:
 	rm -rf $(VENV) .site

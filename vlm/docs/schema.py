@@ -52,6 +52,7 @@ PLAIN = {
     "CSVData.validation": "A table that validates, in place of a part of the first.",
     "CSVData.test": "A table that is scored at the end.",
     "max_skips_in_a_row": "After so many skipped steps the run ends.",
+    "StudyConfig.seeds": "Each run starts from the upstream runs of its own seed.",
     "WorldConfig.max_objects": "Of a scene.",
     "WorldConfig.seed": "Of the scenes, not of the run.",
     "EmojiConfig.image_pixels": "Pixels of a drawing's side.",
