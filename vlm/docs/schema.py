@@ -52,6 +52,9 @@ PLAIN = {
     "CSVData.validation": "A table that validates, in place of a part of the first.",
     "CSVData.test": "A table that is scored at the end.",
     "max_skips_in_a_row": "After so many skipped steps the run ends.",
+    "shape": "How the weight gets from `initial` to `final`.",
+    "from_fraction": "Share of the steps until which the weight is `initial`.",
+    "to_fraction": "Share of the steps from which on the weight is `final`.",
     "StudyConfig.seeds": "Each run starts from the upstream runs of its own seed.",
     "WorldConfig.max_objects": "Of a scene.",
     "WorldConfig.seed": "Of the scenes, not of the run.",
@@ -258,8 +261,6 @@ def _kind(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
-        if list(_direct(annotation)):
-            return "keys" + (" or `null`" if type(None) in arguments else "")
         return " or ".join(dict.fromkeys(_kind(member) for member in arguments))
     if origin in (list, tuple):
         if Ellipsis not in arguments and len(arguments) > 1:
