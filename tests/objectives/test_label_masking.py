@@ -207,6 +207,18 @@ def test_in_the_released_form_one_text_without_a_label_leaves_one_for_all_behind
         assert predicted.sum(1).tolist() == expected
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_the_tokens_of_a_label_are_replaced_alike_but_in_the_released_form(released: bool) -> None:
+    ids = torch.full((50, 20), 9)
+    tokens = torch.ones(50, 1, 20, dtype=torch.bool)
+    torch.manual_seed(0)
+    masked, predicted = mask_labels(ids, tokens, 0.9, 3, 64, released=released)
+    assert predicted.all()
+    hidden = (masked == 3).float().mean(1)
+    in_part = ((hidden > 0.3) & (hidden < 1)).sum()
+    assert in_part > 40 if released else in_part == 0
+
+
 def test_in_the_released_form_a_label_takes_the_words_along_that_contain_it(tmp_path: Path) -> None:
     tokenizer = words(tmp_path)
     ids, _, tokens = encoded(tokenizer, "substring")

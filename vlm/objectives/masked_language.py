@@ -66,8 +66,9 @@ def mask_labels(
 
     `released`: how the reference paper's code counts (arXiv 2211.00262). There k = round(fraction * n); a text with
     k = 0 gets none, and every text behind it in the batch exactly one. The paper's numbers come from that; here it
-    serves to reproduce them: what a text loses depends on its neighbours, and most labels are never asked for. That
-    code also matches a label as a substring, which is `label_tokens`' affair (`label_spans`).
+    serves to reproduce them: what a text loses depends on its neighbours, and most labels are never asked for. Each
+    token of a label has a draw of 80/10/10 of its own, so that a label of several tokens can be left in part. That code
+    also matches a label as a substring, which is `label_tokens`' affair (`label_spans`).
     """
     there = label_tokens.any(-1)
     num_labels = there.sum(1)
@@ -83,6 +84,8 @@ def mask_labels(
     choice = torch.rand(there.shape, device=ids.device)
     of_token = torch.where(label_tokens & chosen[..., None], choice[..., None], -1.0)
     of_token = torch.cat([of_token, of_token.new_full((len(ids), 1, ids.shape[1]), -1.0)], dim=1).amax(1)
+    if released:
+        of_token = torch.where(of_token >= 0, torch.rand(ids.shape, device=ids.device), of_token)
     random_ids = torch.randint(vocabulary_size, ids.shape, device=ids.device)
     masked = torch.where((of_token >= 0) & (of_token < 0.8), mask_id, ids)
     return torch.where(of_token >= 0.9, random_ids, masked), of_token >= 0
