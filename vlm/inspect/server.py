@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import socket
+import sys
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,7 +37,8 @@ MAX_JSON_BYTES = 20_000
 MAX_QUESTION = 1_000  # characters
 PAGE_SIZE = 24
 SHOWN_PIXELS = 640  # the longer side of an image as the page shows it
-KEPT_UPLOADS, KEPT_PICTURES = 16, 256
+KEPT_UPLOADS, KEPT_PICTURES = 16, 128
+MAX_CONNECTIONS = 32  # a browser opens six
 FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -65,7 +69,8 @@ class Inspection:
         self.uploads: OrderedDict[str, Image.Image] = OrderedDict()
         self.pictures: OrderedDict[str, bytes] = OrderedDict()  # as the page shows them
         self.model: LoadedModel | None = None
-        self.lock = threading.Lock()  # one question at a time
+        self.asking = threading.Lock()  # one question at a time; pictures come while the model loads or thinks
+        self.drawing = threading.Lock()  # and one picture, since a large one takes a quarter of a gigabyte
 
     def about(self) -> dict[str, Any]:
         found = self.evaluation
@@ -102,22 +107,23 @@ class Inspection:
 
     def picture(self, name: str) -> bytes:
         """An image of the evaluation or an upload as PNG, drawn anew: no byte of a stranger's file reaches the page."""
-        with self.lock:
+        with self.drawing:
             if name not in self.pictures:
                 image = self._image(name).copy()
                 image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
                 drawn = io.BytesIO()
                 image.save(drawn, "PNG")
                 self.pictures[name] = drawn.getvalue()
-                while len(self.pictures) > KEPT_PICTURES:
-                    self.pictures.popitem(last=False)
+            self.pictures.move_to_end(name)
+            while len(self.pictures) > KEPT_PICTURES:
+                self.pictures.popitem(last=False)
             return self.pictures[name]
 
     def upload(self, data: bytes) -> dict[str, str]:
-        image = decode_image(data, "the upload")
-        image.thumbnail((2048, 2048))  # before it is kept
         name = f"upload:{hashlib.sha256(data).hexdigest()[:24]}"
-        with self.lock:
+        with self.drawing:
+            image = decode_image(data, "the upload")
+            image.thumbnail((2048, 2048))  # before it is kept
             self.uploads[name] = image
             self.uploads.move_to_end(name)
             while len(self.uploads) > KEPT_UPLOADS:
@@ -126,18 +132,22 @@ class Inspection:
 
     def ask(self, images: Sequence[str], question: str, answer: str | None) -> dict[str, Any]:
         """The best answers, and what one of them leans on."""
-        with self.lock:
+        if len(images) != self.images_per_text:
+            raise UserError(f"the model wants {self.images_per_text} image(s). Got {len(images)}")
+        with self.drawing:
             pictures = [self._image(name) for name in images]
+        with self.asking:
             self.model = self.model or self.load()
-            if len(pictures) != self.images_per_text:
-                raise UserError(f"the model wants {self.images_per_text} image(s). Got {len(pictures)}")
             asked: Any = [pictures[0] if self.images_per_text == 1 else pictures]
             best = list(self.model.answer(asked, [question])[0].items())[:5]
             found = relevance(self.model, pictures, question, answer)
+        if not all(math.isfinite(value) for _, value in best):
+            raise UserError("the model's answers are not numbers: its training must have diverged")
         return {
             "answers": [{"answer": name, "probability": value} for name, value in best],
             "answer": found.answer,
             "maps": [None if grid is None else grid.tolist() for grid in found.patches],
+            "overall": list(found.overall),
             "tokens": [list(token) for token in found.tokens],
         }
 
@@ -177,11 +187,12 @@ class _Handler(BaseHTTPRequestHandler):
             status, (body, kind) = refused.status, _json({"error": str(refused)})
         except (UserError, ValueError) as error:
             status, (body, kind) = HTTPStatus.BAD_REQUEST, _json({"error": str(error)})
-        except Exception as error:  # the page says so, and the server goes on
-            status, (body, kind) = (
-                HTTPStatus.INTERNAL_SERVER_ERROR,
-                _json({"error": f"{type(error).__name__}: {error}"}),
-            )
+        except ConnectionError:
+            raise  # nobody is there to be told
+        except Exception:  # the server goes on; what failed where is for the console alone
+            traceback.print_exc()
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+            body, kind = _json({"error": "the server failed at this; its console says why"})
         if status != HTTPStatus.OK:
             self.close_connection = True  # a body may be unread
         self.send_response(status)
@@ -256,6 +267,7 @@ class InspectionServer(ThreadingHTTPServer):
 
     def __init__(self, inspection: Inspection, host: str = "127.0.0.1", port: int = 0) -> None:
         self.inspection, self.host = inspection, host
+        self.places = threading.Semaphore(MAX_CONNECTIONS)
         if ":" in host:
             self.address_family = socket.AF_INET6
         try:
@@ -264,6 +276,24 @@ class InspectionServer(ThreadingHTTPServer):
             raise UserError(
                 f"{host}:{port}: cannot be listened on ({error}). Choose another --host or --port"
             ) from None
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for a connection, unless too many are open: slow clients can take no more than these."""
+        if self.places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away before it had its answer is no fault."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -290,4 +320,4 @@ def is_loopback(host: str) -> bool:
 
 
 def _json(value: Any) -> tuple[bytes, str]:
-    return json.dumps(value).encode(), "application/json"
+    return json.dumps(value, allow_nan=False).encode(), "application/json"

@@ -6,6 +6,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Literal
 
@@ -76,15 +77,19 @@ def read_table(file: OfficialFile, images_per_text: int | None = None, labelled:
     are passed over. An id is otherwise the number of the row as a spreadsheet shows it: the header is row 1.
     `image_keys` hold what the image columns say: paths below a folder, which they must not leave.
     """
+    file = replace(file, remedy="Save it again, as CSV in UTF-8", if_missing="Give the path of the table")
     with file.text() as text:
         header = text.readline()
         if not header.strip():
             raise file.error("has no header")
+        if "\r" in header.rstrip("\r\n"):
+            raise file.error("its lines end in carriage returns alone")
         delimiter = max(",;\t", key=header.count)
-        names = [name.strip().lower() for name in next(csv.reader([header.rstrip("\r\n")], delimiter=delimiter))]
-        places, answer_name = _columns(file, names, images_per_text, labelled)
-        row = 1
+        row = 0
         try:
+            names = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter, strict=True))]
+            row = 1
+            places, answer_name = _columns(file, names, images_per_text, labelled)
             for row, cells in enumerate(csv.reader(text, delimiter=delimiter, strict=True), start=2):
                 if any(cell.strip() for cell in cells):
                     yield _question(file, row, [cell.strip() for cell in cells], names, places, answer_name)
@@ -126,7 +131,7 @@ def _question(
         return file.error(f"row {row}: {problem}", REMEDY)
 
     if len(cells) != len(names):
-        raise wrong(f"{len(cells)} cells under {len(names)} names. Is there a separator too many, or a quote missing?")
+        raise wrong(f"{len(cells)} cells under {len(names)} names: a separator too many, or a quote missing")
     for name, numbers in places.items():
         for number in numbers:
             if not cells[number]:
@@ -134,7 +139,7 @@ def _question(
     images = tuple(cells[number] for number in places["images"])
     for image in images:
         parts = PurePosixPath(image.replace("\\", "/"))
-        if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0] or "\0" in image:
+        if not parts.parts or parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0] or "\0" in image:
             raise wrong(f"{shown(image)} leads out of the folder of images; it must be a path below it")
     answers: tuple[str, ...] = ()
     if answer_name is not None:

@@ -9,7 +9,7 @@ const make = (tag, content = "", kind = "") => {
 };
 const picture = (name) => `/image?name=${encodeURIComponent(name)}`;
 let about = { runs: [], kinds: [], percent: [], imagesPerText: 1 };
-let page = 0, asked = 0, chosen = [], maps = [];
+let page = 0, listed = 0, asked = 0, chosen = [], maps = []; // `listed`, `asked`: a later one makes the answer stale
 
 async function call(path, options) {
   const response = await fetch(path, options);
@@ -58,10 +58,10 @@ function card(item) {
 }
 
 async function list() {
-  const turn = ++asked;
+  const turn = ++listed;
   const query = new URLSearchParams({ show: at("show").value, kind: at("kind").value, search: at("search").value, page });
   const found = await call(`/questions?${query}`);
-  if (turn !== asked) return; // a later filter is under way
+  if (turn !== listed) return; // a later filter is under way
   page = found.page;
   at("cards").replaceChildren(...found.items.map(card));
   at("count").textContent = `${found.total.toLocaleString()} questions`;
@@ -71,6 +71,7 @@ async function list() {
 }
 
 function open(item) {
+  asked++;
   chosen = item ? [...item.images] : [];
   maps = [];
   at("title").textContent = item ? `Question ${item.id}` : "Ask about an image";
@@ -95,14 +96,19 @@ function open(item) {
 }
 
 async function upload(input, place) {
+  if (!input.files.length) return;
+  const turn = ++asked, into = chosen;
   try {
     at("said").textContent = "";
     const options = { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body: input.files[0] };
-    chosen[place] = (await call("/upload", options)).image;
+    into[place] = (await call("/upload", options)).image;
+    if (into !== chosen) return; // another question was opened
     maps = [];
     at("truth").textContent = "";
+    at("answers").replaceChildren();
+    at("words").replaceChildren();
     draw();
-  } catch (error) { at("said").textContent = error.message; }
+  } catch (error) { if (turn === asked) at("said").textContent = error.message; }
 }
 
 function draw() {
@@ -138,8 +144,10 @@ async function ask(answer = null) {
     const body = JSON.stringify({ images: chosen.filter(Boolean), question: at("question").value, answer });
     const found = await call("/ask", { method: "POST", headers: { "Content-Type": "application/json" }, body });
     if (turn !== asked) return;
-    at("said").textContent = `Relevance for “${found.answer}”. Choose another answer to see its own.`;
     maps = found.maps;
+    const read = maps.flat(2).some(Boolean);
+    at("said").textContent = `Relevance for “${found.answer}”. Choose another answer to see its own.` +
+      (read ? "" : " It leans on no single patch: this fusion reads each image as a whole.");
     draw();
     at("answers").replaceChildren(...found.answers.map((one) => {
       const row = make("tr"), name = make("td"), value = make("td"), button = make("button", one.answer), bar = make("meter");
@@ -162,6 +170,8 @@ async function ask(answer = null) {
   } catch (error) { if (turn === asked) at("said").textContent = error.message; }
 }
 
+function fail(error) { at("count").textContent = error.message; }
+
 async function start() {
   about = await call("/about");
   const two = about.runs.length > 1;
@@ -174,9 +184,9 @@ async function start() {
   for (const [value, text] of shows) at("show").append(new Option(text, value));
   at("kind").append(new Option("all", ""), ...about.kinds.map((kind) => new Option(kind, kind)));
   at("filter").addEventListener("submit", (event) => event.preventDefault());
-  at("filter").addEventListener("input", () => { page = 0; list(); });
-  at("before").addEventListener("click", () => { page--; list(); });
-  at("after").addEventListener("click", () => { page++; list(); });
+  at("filter").addEventListener("input", () => { page = 0; list().catch(fail); });
+  at("before").addEventListener("click", () => { page--; list().catch(fail); });
+  at("after").addEventListener("click", () => { page++; list().catch(fail); });
   at("own").addEventListener("click", () => open(null));
   at("ask").addEventListener("click", () => ask());
   at("question").addEventListener("keydown", (event) => { if (event.key === "Enter") ask(); });
@@ -184,4 +194,4 @@ async function start() {
   if (about.runs.length) await list();
   else { at("filter").hidden = at("paging").hidden = true; open(null); }
 }
-start();
+start().catch(fail);
