@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import http.client
 import io
 import json
@@ -16,49 +17,26 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tiny_runs import ATTACK, TableRun, TinyRun
 
-from vlm.config import compose
+from vlm.cli import main
+from vlm.errors import UserError
+from vlm.exporting import export
 from vlm.inspect.inspecting import inspection_of
-from vlm.inspect.server import MAX_UPLOAD_BYTES, InspectionServer, is_loopback
-from vlm.run import RunConfig, train
-
-ATTACK = "<img src=x onerror=\"document.title='taken'\"><svg onload=\"document.title='taken'\">"
-SMALL = [
-    *("trainer.accelerator=cpu", "trainer.progress=false", "trainer.batch_size=8", "trainer.samples=8"),
-    *(f"model.{part}.{key}" for part in ("vision", "language", "fusion") for key in ("width=32", "depth=1")),
-]
+from vlm.inspect.server import MAX_CONNECTIONS, MAX_UPLOAD_BYTES, Inspection, InspectionServer, is_loopback
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two runs on a table whose questions, answers, types and image names are an attack."""
-    folder = tmp_path_factory.mktemp("inspect")
-    (folder / "images").mkdir()
-    rows = []
-    for number in range(60):
-        name = f"{number}<svg onload=alert(1)>.png"
-        Image.new("RGB", (64, 48), [(200, 30, 30), (30, 30, 200)][number % 2]).save(folder / "images" / name)
-        rows.append(
-            f'"{name}","what is it? {number}","{[ATTACK.replace(chr(34), chr(34) * 2), "blue"][number % 2]}","<b>t</b>"'
-        )
-    (folder / "table.csv").write_text("\n".join(["image,question,answer,type", *rows]))
-    options = [
-        "data=csv",
-        f"data.path={folder}/table.csv",
-        f"data.images={folder}/images",
-        "data.validation_fraction=0.6",
-    ]
-    trained = []
-    for seed in (0, 1):
-        config = compose("finetune", [*options, *SMALL, f"seed={seed}"], RunConfig)
-        trained.append(train(config.model_copy(update={"folder": folder / f"run-{seed}"})))
-    answers = (trained[1] / "predictions-csv-validation.csv").read_text().splitlines()
-    blue = [f"{line.partition(',')[0]},blue" for line in answers[1:]]
-    (trained[1] / "predictions-csv-validation.csv").write_text("\n".join([answers[0], *blue]) + "\n")
-    attacked = '"' + ATTACK.replace('"', '""') + '"'
-    red = [f"{line.partition(',')[0]},{attacked}" for line in answers[1:]]
-    (trained[0] / "predictions-csv-validation.csv").write_text("\n".join([answers[0], *red]) + "\n")
-    return trained
+def runs(table_run: TableRun, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs on a table whose answers, types and names of images are an attack: one says it always, one says blue."""
+    folder, name = tmp_path_factory.mktemp("inspect"), "predictions-csv-validation.csv"
+    copies = []
+    for number, answer in enumerate((ATTACK, "blue")):
+        copies.append(Path(shutil.copytree(table_run.folder, folder / f"run-{number}")))
+        header, *rows = csv.reader((copies[-1] / name).read_text().splitlines())
+        with (copies[-1] / name).open("w", newline="") as file:
+            csv.writer(file).writerows([header, *([row[0], answer] for row in rows)])
+    return copies
 
 
 @pytest.fixture(scope="module")

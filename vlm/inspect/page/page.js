@@ -145,7 +145,7 @@ async function ask(answer = null) {
     const found = await call("/ask", { method: "POST", headers: { "Content-Type": "application/json" }, body });
     if (turn !== asked) return;
     maps = found.maps;
-    const read = maps.flat(2).some(Boolean);
+    const read = !maps.some(Boolean) || maps.flat(2).some(Boolean);
     at("said").textContent = `Relevance for “${found.answer}”. Choose another answer to see its own.` +
       (read ? "" : " It leans on no single patch: this fusion reads each image as a whole.");
     draw();
