@@ -381,12 +381,14 @@ def _answer(options: argparse.Namespace) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    caption = None if sums_to_one else "each answer's own probability: they do not sum to 1"
-    table = Table("answer", caption=caption, caption_justify="left")
+    table = Table("answer")
     table.add_column("probability", justify="right")
     for answer, probability in best:
         table.add_row(Text(_printable(answer)), f"{probability:.1%}")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if not sums_to_one:
+        console.print("each answer has a probability of its own: they do not sum to 1", style="dim", soft_wrap=True)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from data_loaders.shards import DamagedError, ShardReader, open_index
 from vlm.config import apply_overrides, load_yaml
 from vlm.errors import UserError
 from vlm.records import OfficialFile
-from vlm.run import CONFIG, RunConfig, task_of
+from vlm.run import CONFIG, EXPORT, RunConfig, task_of
 from vlm.scoring.predictions import read_gqa_predictions, read_nlvr2_predictions, read_vqav2_results
 from vlm.tasks.task import Task
 from vlm.types import Question
@@ -91,11 +91,13 @@ def evaluated(runs: Sequence[Path], overrides: Sequence[str] = ()) -> Evaluated:
     """What these runs predicted on the split that their configs, or `overrides`, name; the runs share the questions."""
     found: list[tuple[RunConfig, Task, dict[str, str]]] = []
     for run in runs:
+        if (run / EXPORT).is_file() or not (run / CONFIG).is_file():
+            raise UserError(f"{run}: no run's folder, and only that holds predictions to compare")
         config = apply_overrides(load_yaml(run / CONFIG, RunConfig), overrides)
         task = task_of(config)
         if not isinstance(task, Task):
             raise UserError(f"{run}: was not fine-tuned on a task with answers, so it has no predictions to look at")
-        found.append((config, task, _predictions(run, task)))
+        found.append((config, task, _predictions(run, task, overrides)))
     config, task, predictions = found[0]
     root = config.data.prepare()
     questions = [question for question in task.evaluation_questions(root) if question.id in predictions]
@@ -113,7 +115,7 @@ def evaluated(runs: Sequence[Path], overrides: Sequence[str] = ()) -> Evaluated:
     return Evaluated([run.name for run in runs], rows, ShardReader(open_index(folder)) if folder.is_dir() else None)
 
 
-def _predictions(run: Path, task: Task) -> dict[str, str]:
+def _predictions(run: Path, task: Task, overrides: Sequence[str]) -> dict[str, str]:
     readers: Mapping[str, Any] = {
         "vqav2": read_vqav2_results,
         "gqa": read_gqa_predictions,
@@ -125,7 +127,7 @@ def _predictions(run: Path, task: Task) -> dict[str, str]:
     suffix = "csv" if task.type in ("nlvr2", "csv") else "json"
     file = run / f"predictions-{task.type}-{task.evaluation_name}.{suffix}"
     if not file.is_file():
-        raise UserError(f"{file}: no such predictions. Write them first: vlm evaluate {run}")
+        raise UserError(f"{file}: no such predictions. Write them first: {' '.join(('vlm evaluate', str(run), *overrides))}")
     return {str(number): answer for number, answer in readers[task.type](file).items()}
 
 

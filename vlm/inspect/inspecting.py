@@ -30,11 +30,13 @@ def inspection_of(runs: Sequence[Path], overrides: Sequence[str] = (), trust_cod
         load_model: Callable[[], LoadedModel] = partial(load, runs[0], trust_code=trust_code)
     else:
         if len(runs) > 1:
-            raise UserError(f"{runs[0]}: no run here ({CONFIG} is missing), so its predictions cannot be compared")
+            raise UserError(f"{runs[0]}: no run's folder, and only that holds predictions to compare")
         model = load(runs[0], trust_code=trust_code)
         task, found = task_of(model.config), None
         load_model = partial(_as_it_is, model)
 
+    if overrides and found is None:
+        raise UserError(f"{runs[0]}: --set is about predictions, of which there are none here")
     if not hasattr(task, "images_per_text"):
         raise UserError(f"{runs[0]}: was not fine-tuned on a task with answers, so there is nothing to ask it")
     return Inspection(found, load_model, task.images_per_text)
