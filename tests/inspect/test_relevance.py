@@ -20,14 +20,28 @@ from vlm.run import RunConfig, image_transform
 IMAGE = Image.linear_gradient("L").convert("RGB")
 
 
-@pytest.fixture(params=["vqav2", "nlvr2"])
-def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> LoadedModel:
+FUSIONS = {
+    "coattention": "nlvr2",
+    "merged": "vqav2",
+    "cross_attention": "vqav2",
+    "bridges": "nlvr2",
+    "qformer": "vqav2",
+    "perceiver": "nlvr2",
+    "late": "vqav2",
+    "none": "vqav2",
+}
+
+
+def built(fusion: str, folder: Path) -> LoadedModel:
+    """An untrained model of two layers."""
     torch.manual_seed(0)
-    small = [f"model.{part}.width=32" for part in ("vision", "language", "fusion")]
-    config = compose("finetune", [*small, f"task={request.param}"], RunConfig)
+    small = [f"model.{part}.{key}" for part in ("vision", "language") for key in ("width=32", "depth=2")]
+    sizes = {"none": "", "late": ", depth: 2"}.get(fusion, ", depth: 2, num_heads: 2")
+    wanted = [f"model.fusion={{type: {fusion}, width: 32{sizes}}}", f"task={FUSIONS[fusion]}"]
+    config = compose("finetune", [*small, *wanted], RunConfig)
     task: Any = config.task
-    (tmp_path / "texts").write_text("what color is the circle")
-    tokenizer = Tokenizer.from_words(tmp_path / "texts", 256, 16)
+    (folder / "texts").write_text("what color is the circle")
+    tokenizer = Tokenizer.from_words(folder / "texts", 256, 16)
     model = config.model.build().eval()
     head = AnswerHead(task.images_per_text * 2 * model.width, 2).eval()
     return LoadedModel(
@@ -35,15 +49,23 @@ def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> LoadedModel:
     )
 
 
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return built("coattention", tmp_path_factory.mktemp("model"))
+
+
 def pictures(loaded: LoadedModel) -> list[Image.Image]:
     task: Any = loaded.config.task
     return [IMAGE.rotate(90 * number) for number in range(task.images_per_text)]
 
 
-def test_relevance_is_how_the_logit_moves_when_all_states_grow(loaded: LoadedModel) -> None:
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_relevance_is_how_the_logit_moves_when_all_states_grow(fusion: str, tmp_path: Path) -> None:
+    loaded = built(fusion, tmp_path)
     found = relevance(loaded, pictures(loaded), "what color is the circle", "False")
     maps = [grid for grid in found.patches if grid is not None]
     assert len(maps) == len(pictures(loaded)) and all(grid.shape == (3, 3) for grid in maps)
+    assert all(bool(grid.any()) == (fusion not in ("late", "none")) for grid in maps)  # these read CLS alone
     assert [word for word, _ in found.tokens][1:3] == ["what", "color"]
     total = sum(float(grid.sum()) for grid in maps) + sum(found.overall) + sum(value for _, value in found.tokens)
 
