@@ -20,39 +20,14 @@ from vlm.run import RunConfig, task_of, train
 from vlm.scoring.predictions import read_gqa_predictions, read_nlvr2_predictions, read_vqav2_results
 from vlm.tasks.task import Task
 
-SMALL = [
-    "trainer.accelerator=cpu",
-    "trainer.progress=false",
-    "trainer.batch_size=16",
-    "trainer.samples=16",
-    "data.world.num_pairs=16",
-    "data.world.num_validation_pairs=8",
-    "data.world.num_unimodal_images=8",
-    "data.world.num_texts=200",
-    "data.world.num_vqav2_train=48",
-    "data.world.num_gqa_train=48",
-    "data.world.num_nlvr2_train=32",
-    "data.world.num_evaluation=32",
-    "model.vision.width=32",
-    "model.vision.depth=1",
-    "model.language.width=32",
-    "model.language.depth=1",
-    "model.fusion.width=32",
-    "model.fusion.depth=1",
-]
 READERS = {"vqav2": read_vqav2_results, "gqa": read_gqa_predictions, "nlvr2": read_nlvr2_predictions}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunConfig]:
-    """A run a task, trained for one step."""
-    folder = tmp_path_factory.mktemp("runs")
-    configs = {}
-    for name in READERS:
-        config = compose("finetune", [*SMALL, f"task={name}", "task.evaluation_split=validation"], RunConfig)
-        configs[name] = config.model_copy(update={"folder": folder / name})
-        train(configs[name])
-    return configs
+NAMES = {
+    "vqav2": "v2_OpenEnded_mscoco_val2014_questions.json",
+    "gqa": "val_balanced_questions.json",
+    "nlvr2": "dev.json",
+}
 
 
 def release(config: RunConfig, folder: Path) -> tuple[Path, Path]:

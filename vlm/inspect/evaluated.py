@@ -127,7 +127,9 @@ def _predictions(run: Path, task: Task, overrides: Sequence[str]) -> dict[str, s
     suffix = "csv" if task.type in ("nlvr2", "csv") else "json"
     file = run / f"predictions-{task.type}-{task.evaluation_name}.{suffix}"
     if not file.is_file():
-        raise UserError(f"{file}: no such predictions. Write them first: {' '.join(('vlm evaluate', str(run), *overrides))}")
+        raise UserError(
+            f"{file}: no such predictions. Write them first: {' '.join(('vlm evaluate', str(run), *overrides))}"
+        )
     return {str(number): answer for number, answer in readers[task.type](file).items()}
 
 

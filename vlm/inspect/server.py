@@ -264,6 +264,7 @@ class InspectionServer(ThreadingHTTPServer):
     """The page at `host`; port 0 takes a free one."""
 
     daemon_threads = True
+    request_queue_size = MAX_CONNECTIONS  # socketserver's five would let a sixth wait a second
 
     def __init__(self, inspection: Inspection, host: str = "127.0.0.1", port: int = 0) -> None:
         self.inspection, self.host = inspection, host
