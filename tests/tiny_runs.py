@@ -48,10 +48,6 @@ class TableRun(TinyRun):
     table: Path
     images: Path
 
-    @property
-    def command(self) -> list[str]:
-        return table_command(self.table, self.images, self.folder)
-
 
 def trained(folder: Path, *arguments: str) -> TinyRun:
     assert main(["train", "finetune", f"folder={folder}", *SMALL, *arguments]) == 0
@@ -60,7 +56,8 @@ def trained(folder: Path, *arguments: str) -> TinyRun:
 
 def table_command(table: Path, images: Path, run: Path) -> list[str]:
     data = ["data=csv", f"data.path={table}", f"data.images={images}", "data.validation_fraction=0.6"]
-    return ["train", "finetune", f"folder={run}", *SMALL, *data, "trainer.samples=480", "optimizer.learning_rate=3e-3"]
+    length = ["trainer.samples=480", "optimizer.learning_rate=3e-3", "trainer.validation_pictures=0"]
+    return ["train", "finetune", f"folder={run}", *SMALL, *data, *length]
 
 
 def table_run(folder: Path) -> TableRun:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_runs import COLORS, NUM_ROWS, TableRun, table_command
 
 import vlm
 from vlm.cli import main
@@ -15,8 +18,6 @@ from vlm.records import OfficialFile
 from vlm.run import RunConfig
 from vlm.tasks.csv import read_table
 
-COLORS = ("red", "green", "blue", "black")
-
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
@@ -24,54 +25,47 @@ def pictures(tmp_path: Path) -> Path:
     (folder / "more").mkdir(parents=True)
     for number in range(24):
         name = f"{'more/' * (number % 2)}{number}.png"
-        Image.new("RGB", (20, 20), COLORS[number % 4]).save(folder / name)
+        Image.new("RGB", (20, 20), ("red", "green", "blue", "black")[number % 4]).save(folder / name)
     return folder
 
 
 def table(folder: Path, text: str, name: str = "mine.csv") -> Path:
     file = folder / name
-    file.write_text(text)
+    file.write_bytes(text.encode(errors="surrogateescape"))
     return file
 
 
-def questions(folder: Path) -> Path:
-    rows = [f"{'more/' * (n % 2)}{n}.png,what color is it?,{COLORS[n % 4]}" for n in range(24)]
-    return table(folder, "\n".join(["image,question,answer", *rows]) + "\n")
-
-
-def command(file: Path, images: Path, run: Path) -> list[str]:
-    quick = ["trainer.accelerator=cpu", "trainer.progress=false", "trainer.batch_size=8", "trainer.samples=16"]
-    small = [f"model.{part}.{key}" for part in ("vision", "language", "fusion") for key in ("width=32", "depth=1")]
-    return [
-        "train",
-        "finetune",
-        "data=csv",
-        f"data.path={file}",
-        f"data.images={images}",
-        f"folder={run}",
-        *quick,
-        *small,
-    ]
-
-
 def test_a_table_becomes_a_model_that_answers_predicts_and_is_evaluated(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    table_run: TableRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, run = questions(tmp_path), tmp_path / "run"
-    assert main([*command(file, pictures, run), "data.validation_fraction=0.3"]) == 0
-    assert main(["evaluate", str(run)]) == 0
+    run = Path(shutil.copytree(table_run.folder, tmp_path / "run"))
+    predictions = run / "predictions-csv-validation.csv"
+    before = predictions.read_text()
+    assert main(["evaluate", str(run)]) == 0 and predictions.read_text() == before
     assert vlm.load(run).answers == tuple(sorted(COLORS))
-    assert main(["answer", str(run), str(pictures / "0.png"), "what color is it?", "--device", "cpu"]) == 0
-    out = tmp_path / "out.csv"
-    asked = ["--questions", str(file), "--images", str(pictures), "--out", str(out), "--device", "cpu"]
-    assert main(["predict", str(run), *asked]) == 0
-    rows = [line.split(",") for line in out.read_text().splitlines()]
-    assert rows[0] == ["id", "prediction"] and [number for number, _ in rows[1:]] == [str(n) for n in range(2, 26)]
-    evaluated = [line.split(",") for line in (run / "predictions-csv-validation.csv").read_text().splitlines()[1:]]
-    assert all(row in rows for row in evaluated) and 0 < len(evaluated) < 24
     capsys.readouterr()
-    table(tmp_path, file.read_text().replace("red", "crimson"))
-    assert main([*command(file, pictures, run), "data.validation_fraction=0.3"]) == 2
+    picture = next(iter(sorted(table_run.images.glob("*.png"))))  # 0: black
+    assert main(["answer", str(run), str(picture), "what is it?", "--device", "cpu"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(COLORS)
+    out = tmp_path / "out.csv"
+    asked = ["--questions", str(table_run.table), "--images", str(table_run.images), "--out", str(out)]
+    assert main(["predict", str(run), *asked, "--device", "cpu"]) == 0
+    header, *rows = csv.reader(out.read_text().splitlines())
+    assert header == ["id", "prediction"] and [number for number, _ in rows] == [str(n + 2) for n in range(NUM_ROWS)]
+    evaluated = list(csv.reader(before.splitlines()))[1:]
+    assert all(row in rows for row in evaluated) and 0 < len(evaluated) < NUM_ROWS
+
+
+def test_a_run_refuses_a_table_that_changed(
+    table_run: TableRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(table_run.folder, tmp_path / "run"))
+    before = table_run.table.read_text()
+    table_run.table.write_text(before.replace("red", "crimson"))
+    try:
+        assert main(table_command(table_run.table, table_run.images, run)) == 2
+    finally:
+        table_run.table.write_text(before)
     assert "other data (csv/train.jsonl)" in capsys.readouterr().err
 
 
@@ -98,7 +92,13 @@ def test_statements_about_two_images_have_a_truth(pictures: Path, tmp_path: Path
         ("image,question,answer\n../secret.png,what?,red\n", 'row 2: "../secret.png" leads out'),
         ("image,question,answer\n/etc/passwd,what?,red\n", 'row 2: "/etc/passwd" leads out'),
         ("image1,image2,statement,truth\n0.png,2.png,red,maybe\n", "row 2: truth must be true or false"),
-        ('image,question,answer\n0.png,"what?,red\n', "cannot be read"),
+        ("image,question,answer\n.,what?,red\n", 'row 2: "." leads out'),
+        ('image,question,answer\n0.png,"what?,red\n', "row 2: cannot be read"),
+        ('image,"question,answer\n0.png,what?,red\n', "row 1: cannot be read"),
+        ("image,question,answer\r0.png,what?,red\r", "lines end in carriage returns"),
+        (f"image,question,answer\n0.png,{'x' * 200_000},red\n", "row 2: cannot be read (field larger"),
+        ("image,question,answer\n0.png,what?,caf\udce9\n", "not UTF-8 text"),
+        ("image,question,answer\n", "holds no question"),
         ("id,image,question,answer\na,0.png,what?,red\na,0.png,who?,red\n", "question a occurs twice"),
         ("image,question,answer\n0.png,what?,red\nnone.png,what?,red\n", "row 3: image 'none.png' is not in"),
     ],
