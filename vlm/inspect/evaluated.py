@@ -27,10 +27,7 @@ class Answered:
     question: Question
     predictions: tuple[str, ...]
     values: tuple[float | None, ...]  # in [0, 1]; None where nobody published what is right
-
-    @property
-    def kind(self) -> str:
-        return self.question.kind or self.question.group
+    kind: str = ""  # of question
 
     def is_right(self, run: int = 0) -> bool | None:
         value = self.values[run]
@@ -110,9 +107,14 @@ def evaluated(runs: Sequence[Path], overrides: Sequence[str] = ()) -> Evaluated:
     for question in questions:
         said = tuple(theirs[question.id] for _, _, theirs in found)
         values = tuple(task.value(question, one) if question.answers else None for one in said)
-        rows.append(Answered(question, said, values))
+        rows.append(Answered(question, said, values, _kind(task, question)))
     folder = root / task.type / "images"
     return Evaluated([run.name for run in runs], rows, ShardReader(open_index(folder)) if folder.is_dir() else None)
+
+
+def _kind(task: Task, question: Question) -> str:
+    # NLVR2's groups are those that consistency is counted over, and no kinds.
+    return "" if task.type == "nlvr2" else question.kind or question.group
 
 
 def _predictions(run: Path, task: Task, overrides: Sequence[str]) -> dict[str, str]:

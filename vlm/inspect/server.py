@@ -221,6 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
             return resources.files("vlm.inspect").joinpath("page", name).read_bytes(), kind
         if address.path == "/image":
             return self.server.inspection.picture(query.get("name", "")), "image/png"
+        if address.path == "/favicon.ico":
+            return b"", "image/x-icon"  # none; asked for by every browser
         if address.path == "/about":
             return _json(self.server.inspection.about())
         if address.path == "/questions":

@@ -184,13 +184,17 @@ async function start() {
   for (const [value, text] of shows) at("show").append(new Option(text, value));
   at("kind").append(new Option("all", ""), ...about.kinds.map((kind) => new Option(kind, kind)));
   at("filter").addEventListener("submit", (event) => event.preventDefault());
-  at("filter").addEventListener("input", () => { page = 0; list().catch(fail); });
+  const filter = () => { page = 0; list().catch(fail); };
+  at("show").addEventListener("change", filter);
+  at("kind").addEventListener("change", filter);
+  at("search").addEventListener("input", filter);
   at("before").addEventListener("click", () => { page--; list().catch(fail); });
   at("after").addEventListener("click", () => { page++; list().catch(fail); });
   at("own").addEventListener("click", () => open(null));
   at("ask").addEventListener("click", () => ask());
   at("question").addEventListener("keydown", (event) => { if (event.key === "Enter") ask(); });
   at("heat").addEventListener("change", draw);
+  if (!about.kinds.length) at("kind").parentElement.hidden = true;
   if (about.runs.length) await list();
   else { at("filter").hidden = at("paging").hidden = true; open(null); }
 }
