@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from clip_models import register
 from PIL import Image
 
 from vlm.config import compose
@@ -32,13 +33,13 @@ FUSIONS = {
 }
 
 
-def built(fusion: str, folder: Path) -> LoadedModel:
+def built(fusion: str, folder: Path, *overrides: str) -> LoadedModel:
     """An untrained model of two layers."""
     torch.manual_seed(0)
     small = [f"model.{part}.{key}" for part in ("vision", "language") for key in ("width=32", "depth=2")]
     sizes = {"none": "", "late": ", depth: 2"}.get(fusion, ", depth: 2, num_heads: 2")
     wanted = [f"model.fusion={{type: {fusion}, width: 32{sizes}}}", f"task={FUSIONS[fusion]}"]
-    config = compose("finetune", [*small, *wanted], RunConfig)
+    config = compose("finetune", [*small, *wanted, *overrides], RunConfig)
     task: Any = config.task
     (folder / "texts").write_text("what color is the circle")
     tokenizer = Tokenizer.from_words(folder / "texts", 256, 16)
@@ -85,6 +86,27 @@ def test_relevance_is_how_the_logit_moves_when_all_states_grow(fusion: str, tmp_
         return float(kept[0][0, 1])
 
     assert total == pytest.approx((logit(1.01) - logit(0.99)) / 0.02, rel=0.02, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "pixels", "side"),
+    [
+        ("timm", "test_vit.r160_in1k", 48, 3),
+        ("timm", "test_vit2.r160_in1k", 48, 3),  # a register, and a pooled state before it
+        ("timm", "test_convnext.r160_in1k", 96, 3),
+        ("open_clip", "tiny-clip", 24, 3),
+        ("open_clip", "tiny-siglip", 64, 4),
+    ],
+)
+def test_maps_have_the_encoders_grid(kind: str, name: str, pixels: int, side: int, tmp_path: Path) -> None:
+    if kind == "open_clip":
+        pytest.importorskip("open_clip")
+        register(tmp_path)
+    vision = f"model.vision={{type: {kind}, name: {name}, pretrained: false, image_pixels: {pixels}}}"
+    loaded = built("coattention", tmp_path, vision)
+    found = relevance(loaded, pictures(loaded), "what")
+    assert [grid is not None and grid.shape for grid in found.patches] == [(side, side)] * 2
+    assert all(grid is not None and bool((grid != 0).all()) for grid in found.patches)
 
 
 def test_only_answers_that_the_model_has_are_asked_about(loaded: LoadedModel) -> None:

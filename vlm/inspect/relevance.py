@@ -103,9 +103,8 @@ def _by_token(product: Tensor) -> Float[Tensor, "b p"]:
 
 def _as_grid(row: Float[Tensor, " p"], vision: nn.Module) -> tuple[Float[Tensor, "rows columns"] | None, float]:
     """The patches as a square, and the sum of the tokens before them."""
-    before = int(getattr(getattr(vision, "model", None), "num_prefix_tokens", 0) or 1)  # of timm: CLS and registers
-    for count in dict.fromkeys((before, 1)):
-        side = math.isqrt(max(len(row) - count, 0))
-        if side and side * side == len(row) - count:
-            return row[count:].reshape(side, side), float(row[:count].sum())
+    before = int(getattr(getattr(vision, "tower", vision), "num_prefix_tokens", 1))  # of others: CLS alone
+    side = math.isqrt(max(len(row) - before, 0))
+    if side and side * side == len(row) - before:
+        return row[before:].reshape(side, side), float(row[:before].sum())
     return None, float(row.sum())

@@ -75,6 +75,16 @@ class TimmFeatures(nn.Module):
             states = [torch.cat([before, patches], dim=1) for patches, before in states]
         return (*(self._tokens(earlier) for earlier in states[:-1]), self._tokens(last))
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: CLS, be it the model's or a pooled one, and registers."""
+        added = self._pools_by_attention or not self.has_cls
+        return added + int(getattr(self.model, "num_prefix_tokens", 0))
+
+    @property
+    def _pools_by_attention(self) -> bool:
+        return isinstance(getattr(self.model, "attn_pool", None), nn.Module)
+
     def _tokens(self, features: Any) -> Float[Tensor, "b p d"]:
         if not isinstance(features, Tensor):
             raise UserError(f"{self._kind} gives a {type(features).__name__} of features; take a model that gives one")
@@ -82,7 +92,7 @@ class TimmFeatures(nn.Module):
             features = features.flatten(1, 2) if self.channels_last else features.flatten(2).transpose(1, 2)
         if features.ndim != 3 or features.shape[-1] != self.width:
             raise UserError(f"{self._kind}: features must have shape (b, p, {self.width}). Got {tuple(features.shape)}")
-        if isinstance(getattr(self.model, "attn_pool", None), nn.Module):
+        if self._pools_by_attention:
             return torch.cat([self.model.attn_pool(features).unsqueeze(1), features], dim=1)
         if self.has_cls:
             return features  # type: ignore[no-any-return]  # the library gives Any
