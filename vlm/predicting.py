@@ -6,7 +6,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -254,9 +254,6 @@ class PicturesByPath(NamedPictures):
         self.entries.clear()
         for entry in named:
             self.entries[release.relative(entry.path)].append(entry)
-
-    def key_of(self, stem: str) -> str:
-        return PurePosixPath(stem.replace("\\", "/")).as_posix()
 
 
 def _missing(questions: Sequence[Question], pictures: NamedPictures, folder: Path, allow: bool) -> frozenset[str]:

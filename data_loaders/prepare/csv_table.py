@@ -129,7 +129,7 @@ class CSVRoot:
 
 
 def _load(folder: Path, asked: Mapping[str, str], image: str) -> Record:
-    file, row = folder / image.replace("\\", "/"), asked[image]
+    file, row = folder / image, asked[image]
     try:
         if not file.is_file():
             raise UserError(f"{row}: image {image!r} is not in {folder}. Put it there, or take the row out")

@@ -70,7 +70,7 @@ def test_a_run_refuses_a_table_that_changed(
 
 
 def test_statements_about_two_images_have_a_truth(pictures: Path, tmp_path: Path) -> None:
-    rows = [f"{n}.png;{n + 2}.png;both are red;{'TRUE' if n % 4 else 'no'}" for n in range(0, 20, 2)]
+    rows = [f"./{n}.png;.\\{n + 2}.png;both are red;{'TRUE' if n % 4 else 'no'}" for n in range(0, 20, 2)]
     file = table(tmp_path, "\ufeffimage;image;statement;truth\n" + "\n".join(rows))
     read = list(read_table(OfficialFile.given(file), 2))
     assert {answer for question in read for answer in question.answers} == {"True", "False"}

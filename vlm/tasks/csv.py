@@ -75,7 +75,7 @@ def read_table(file: OfficialFile, images_per_text: int | None = None, labelled:
     Columns, in any order: `image`, `question`, `answer`; or two images (`image1`, `image2`, or `image` twice),
     `statement`, `truth` (true or false, yes or no, 1 or 0). Where there are an `id` and a `type`, they are kept; others
     are passed over. An id is otherwise the number of the row as a spreadsheet shows it: the header is row 1.
-    `image_keys` hold what the image columns say: paths below a folder, which they must not leave.
+    `image_keys` are paths below a folder, which they must not leave.
     """
     file = replace(file, remedy="Save it again, as CSV in UTF-8", if_missing="Give the path of the table")
     with file.text() as text:
@@ -136,9 +136,10 @@ def _question(
         for number in numbers:
             if not cells[number]:
                 raise wrong(f"{names[number]} is empty" + (" (no answer to learn from)" * (name == "answer")))
-    images = tuple(cells[number] for number in places["images"])
-    for image in images:
+    images = []
+    for image in (cells[number] for number in places["images"]):
         parts = PurePosixPath(image.replace("\\", "/"))
+        images.append(parts.as_posix())  # one image has one name: ./0.png is 0.png
         if not parts.parts or parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0] or "\0" in image:
             raise wrong(f"{shown(image)} leads out of the folder of images; it must be a path below it")
     answers: tuple[str, ...] = ()
@@ -148,7 +149,7 @@ def _question(
             raise wrong(f"truth must be true or false. Got {shown(answer)}")
         answers = (TRUTHS[answer.lower()] if answer_name == "truth" else answer,)
     own = dict(zip(names, cells, strict=True))
-    return Question(own.get("id") or str(row), cells[places["text"][0]], images, answers, own.get("type", ""))
+    return Question(own.get("id") or str(row), cells[places["text"][0]], tuple(images), answers, own.get("type", ""))
 
 
 def _prepared(file: OfficialFile) -> Iterator[Question]:
