@@ -194,6 +194,11 @@ def test_an_export_can_be_asked_and_has_no_predictions(table_run: TableRun, tmp_
     Image.new("RGB", (80, 60), "blue").save(drawn, "PNG")
     name = inspection.upload(drawn.getvalue())["image"]
     assert inspection.ask([name], "what is it?", None)["answer"] == "blue"
+    assert inspection.model is not None and inspection.model.head is not None
+    for parameter in inspection.model.head.parameters():
+        parameter.data = parameter.data * float("nan")
+    with pytest.raises(UserError, match="must have diverged"):
+        inspection.ask([name], "what is it?", None)
     for runs in ([table_run.folder, exported], [exported, table_run.folder]):
         with pytest.raises(UserError, match=r"export: no run's folder, and only that holds predictions"):
             inspection_of(runs)

@@ -27,7 +27,7 @@ class Answered:
     question: Question
     predictions: tuple[str, ...]
     values: tuple[float | None, ...]  # in [0, 1]; None where nobody published what is right
-    kind: str = ""  # of question
+    kind: str = ""  # of the question, where its task tells kinds apart
 
     def is_right(self, run: int = 0) -> bool | None:
         value = self.values[run]

@@ -147,7 +147,6 @@ class Inspection:
             "answers": [{"answer": name, "probability": value} for name, value in best],
             "answer": found.answer,
             "maps": [None if grid is None else grid.tolist() for grid in found.patches],
-            "overall": list(found.overall),
             "tokens": [list(token) for token in found.tokens],
         }
 
@@ -187,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, (body, kind) = refused.status, _json({"error": str(refused)})
         except (UserError, ValueError) as error:
             status, (body, kind) = HTTPStatus.BAD_REQUEST, _json({"error": str(error)})
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             raise  # nobody is there to be told
         except Exception:  # the server goes on; what failed where is for the console alone
             traceback.print_exc()
