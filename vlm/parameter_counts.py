@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_loaders.cache import cache_folder
-from vlm.config import CustomConfig, fingerprint
+from vlm.config import Config, CustomConfig, fingerprint
 from vlm.run import RunConfig, count_parameters, write_atomically
+
+F = TypeVar("F", bound=Config)
 
 COUNTED_BY = ("torch", "timm", "transformers", "open_clip_torch")
 
@@ -33,6 +36,29 @@ def parameter_counts(config: RunConfig) -> dict[str, int]:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(counts))
     return counts
+
+
+def fusion_parameters(config: Any) -> int:
+    """Parameters of a fusion alone."""
+    import torch
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in config.build().parameters())
+
+
+def as_large_as(config: F, reference: Any) -> F:
+    """The fusion `config` at the depth that brings its parameters nearest to the reference's."""
+    wanted, near = fusion_parameters(reference), list[F]()
+    for depth in itertools.count(1):
+        try:
+            near.append(type(config).model_validate(config.model_dump() | {"depth": depth}))
+        except ValueError:
+            if "depth" not in type(config).model_fields:
+                raise
+            continue  # a depth that this fusion does not know
+        if fusion_parameters(near[-1]) >= wanted:
+            break
+    return min(near, key=lambda one: abs(fusion_parameters(one) - wanted))
 
 
 def code_of_models() -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,6 +167,38 @@ def test_half_precision_is_near_and_finite(config: Any) -> None:
     assert all(value.grad is not None and value.grad.isfinite().all() for value in fusion.parameters())
     for half, whole in zip(halves, fusion(*given), strict=True):
         torch.testing.assert_close(half.float(), whole, atol=0.1, rtol=0.1)
+
+
+COMPILED = """
+import sys
+import torch
+from pydantic import TypeAdapter
+from vlm.models.fusion import FusionConfig
+from vlm.models.vision_language import VisionLanguageModel  # what imports it first, as in a run
+
+torch.manual_seed(0)
+fusion = TypeAdapter(FusionConfig).validate_json(sys.argv[1]).build()
+layers = [fusion.num_encoder_layers] if hasattr(fusion, "num_encoder_layers") else []
+image, text = (torch.randn(3, *layers, length, 32, requires_grad=True) for length in (5, 7))
+mask = torch.arange(7) < torch.tensor([[7], [4], [1]])
+results = []
+for module in (fusion, torch.compile(fusion)):
+    states = module(image, text, mask)
+    learners = [image, *fusion.parameters()]
+    loss = torch.stack([(part * torch.linspace(-1, 1, 32)).square().mean() for part in states]).sum()
+    results.append([*states, *torch.autograd.grad(loss, learners)])
+for eager, compiled in zip(*results, strict=True):
+    torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
+"""
+
+
+@pytest.mark.slow
+@every_fusion
+def test_the_compiled_fusion_gives_the_same(config: Any) -> None:
+    """In a process of its own: shapes are not checked at each call there, which the compiler cannot see through."""
+    subprocess.run(
+        [sys.executable, "-c", COMPILED, config.model_dump_json()], check=True, cwd=Path(__file__).parents[2]
+    )
 
 
 # --- Inside the whole model ------------------------------------------------------------------------------------------

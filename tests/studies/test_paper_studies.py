@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from vlm.config import compose, load_yaml
+from vlm.models.fusion import FusionConfig
 from vlm.objectives import MaskedLanguageConfig, MatchingConfig
+from vlm.parameter_counts import as_large_as, fusion_parameters
 from vlm.run import RESULT, RunConfig, count_parameters, train
 from vlm.studies.outlook import one_seed
 from vlm.studies.plan import Job, StudyConfig, distinct, plan
@@ -164,6 +166,19 @@ def test_a_dry_run_changes_the_data_and_the_budget_and_no_size(name: str, tmp_pa
         there = full[job.stage, *(f"{k}={v}" for k, v in job.labels.items() if k != "seed")].config
         assert count_parameters(job.config) == count_parameters(there)
         assert count_parameters(job.config)["total"] > 200 * MILLION
+
+
+def test_fusions_are_compared_at_matched_parameter_counts() -> None:
+    kinds = {job.labels["fusion"]: job.config.model.fusion for job in jobs("fusion_type")}
+    reference = kinds["coattention"]
+    own = fusion_parameters(reference)
+    for name, fusion in kinds.items():
+        if name != "merged":  # which has as many layers instead
+            assert fusion_parameters(fusion) == pytest.approx(own, rel=0.07), name
+            assert as_large_as(fusion, reference) == fusion, name
+    assert {fusion.type for fusion in kinds.values()} == {
+        member.model_fields["type"].default for member in get_args(get_args(FusionConfig)[0])
+    } - {"none", "custom"}
 
 
 @pytest.mark.slow
