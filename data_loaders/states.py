@@ -40,7 +40,7 @@ class StoredImages:
         self.places, self.damages = places, dict(damages)
         self._open: dict[Path, Tensor] = {}
 
-    def __call__(self, keys: Sequence[str]) -> Float[Tensor, "b p d"]:
+    def __call__(self, keys: Sequence[str]) -> Float[Tensor, "b *k p d"]:
         damages: dict[str | int, Damage] = {key: self.damages[key] for key in keys if key in self.damages}
         if damages:
             raise DamagedError(damages)
@@ -58,7 +58,7 @@ class StoredImages:
 
 
 class StateStore:
-    """A folder of safetensors files, each with the float32 states [m p d] of some images and their keys.
+    """A folder of safetensors files, each with the float32 states [m p d] or [m k p d] of some images and their keys.
 
     `identity` is all that the states depend on beside the keys: encoder, weights, data, transform, libraries. It names
     the folder. Files appear whole or not at all and are never changed, so that any number of runs can share them: what

@@ -629,6 +629,7 @@ def _states_identity(config: RunConfig, model: VisionLanguageModel, images: Deco
         "code": code_of_models(),
         "decoders": {name: importlib.metadata.version(name) for name in ("torchvision", "pillow", "simplejpeg")},
         "device": device,
+        "layers": model.num_encoder_layers,
     }
 
 

@@ -346,3 +346,17 @@ def test_states_on_disk_give_the_losses_that_pixels_give_and_later_runs_find_the
         )
     assert files[0] == files[1] != set()
     assert_same_weights(tmp_path / "first", tmp_path / "again")
+
+
+def test_states_of_several_layers_are_kept_apart_from_those_of_the_last(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = ("model.vision.frozen=true", "model.vision.depth=2", "model.language.depth=2", "trainer.samples=64")
+    kept = (*kept, "trainer.select=last", "trainer.log_every_steps=1", "trainer.frozen_states_disk_gib=1")
+    bridges = ("model.fusion.type=bridges", "model.fusion.depth=2", "model.fusion.num_heads=4")
+    pixels = train(make_config("pretrain", *kept[:-1], *bridges, "trainer.frozen_states_gib=0", folder="pixels"))
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    train(make_config("pretrain", *kept, folder="last layer"))
+    states = train(make_config("pretrain", *kept, *bridges, folder="several layers"))
+    assert len(list((tmp_path / "cache" / "states").iterdir())) == 2
+    assert_same_weights(pixels, states, tolerance=1e-5)
