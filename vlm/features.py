@@ -107,7 +107,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 @torch.inference_mode()
 def _pooled(model: LoadedModel, pixels: Tensor, pool: Pool) -> NDArray[np.float32]:
-    states = model.model.encode_image(pixels.to(model.device))
+    states = model.model.last_layer(model.model.encode_image(pixels.to(model.device)))
     rows = states[:, 0] if pool == "cls" else states[:, 1:].mean(1)
     return rows.float().cpu().numpy()
 

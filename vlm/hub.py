@@ -79,7 +79,8 @@ class LoadedModel:
     @torch.inference_mode()
     def encode_image(self, images: Sequence[Picture] | Tensor, batch_size: int = 32) -> Float[Tensor, "n p d"]:
         """States of the vision encoder alone, CLS first."""
-        return torch.cat([self.model.encode_image(self.pixels(images[at])) for at in _parts(len(images), batch_size)])
+        parts = [self.model.encode_image(self.pixels(images[at])) for at in _parts(len(images), batch_size)]
+        return torch.cat([self.model.last_layer(part) for part in parts])
 
     @torch.inference_mode()
     def encode_text(
@@ -87,8 +88,8 @@ class LoadedModel:
     ) -> tuple[Float[Tensor, "n l d"], Bool[Tensor, "n l"]]:
         """States of the language encoder alone, CLS first, and the mask that is True at real tokens."""
         ids, mask = self._tokens(texts)
-        parts = _parts(len(ids), batch_size)
-        return torch.cat([self.model.encode_text(ids[at], mask[at]) for at in parts]), mask
+        parts = [self.model.encode_text(ids[at], mask[at]) for at in _parts(len(ids), batch_size)]
+        return torch.cat([self.model.last_layer(part) for part in parts]), mask
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Picture] | Tensor, texts: Sequence[str] | str, batch_size: int = 32) -> Encoded:

@@ -351,6 +351,8 @@ def test_states_on_disk_give_the_losses_that_pixels_give_and_later_runs_find_the
 def test_states_of_several_layers_are_kept_apart_from_those_of_the_last(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from PIL import Image
+
     kept = ("model.vision.frozen=true", "model.vision.depth=2", "model.language.depth=2", "trainer.samples=64")
     kept = (*kept, "trainer.select=last", "trainer.log_every_steps=1", "trainer.frozen_states_disk_gib=1")
     bridges = ("model.fusion.type=bridges", "model.fusion.depth=2", "model.fusion.num_heads=4")
@@ -360,3 +362,7 @@ def test_states_of_several_layers_are_kept_apart_from_those_of_the_last(
     states = train(make_config("pretrain", *kept, *bridges, folder="several layers"))
     assert len(list((tmp_path / "cache" / "states").iterdir())) == 2
     assert_same_weights(pixels, states, tolerance=1e-5)
+    loaded, picture = vlm.load(states), Image.new("RGB", (80, 60), "red")
+    assert loaded.encode_image([picture]).shape == (1, 10, 32)  # of the last layer, as of any model
+    assert loaded.encode_text(["a red circle"])[0].shape == (1, 5, 32)
+    assert loaded.encode([picture], ["a red circle"]).pooled is not None
