@@ -132,7 +132,7 @@ class Profile:
     """One step as torch's profiler saw it."""
 
     peak_bytes: int  # weights, gradients, the optimizer's and the step's own tensors where they are most
-    seconds: dict[str, float]  # by group
+    seconds: dict[str, float]  # by group; empty where nobody asked
 
 
 # --- What is stepped -------------------------------------------------------------------------------------------------
@@ -405,8 +405,8 @@ def take_turns(steppers: Mapping[str, Stepper | Products], rounds: int, progress
     return turns
 
 
-def profile(stepper: Stepper) -> Profile:
-    """Memory and time of one step. The optimizer must have its state."""
+def profile(stepper: Stepper, by_group: bool) -> Profile:
+    """Memory and, `by_group`, time of one step. The optimizer must have its state."""
     on_gpu = stepper.device.type == "cuda"
     torch.manual_seed(0)
     if on_gpu:
@@ -415,11 +415,11 @@ def profile(stepper: Stepper) -> Profile:
     with torch.profiler.profile(profile_memory=not on_gpu) as profiler:
         stepper.step()
         now(stepper.device)
+    peak = torch.cuda.max_memory_allocated(stepper.device) - before if on_gpu else highest(profiler)
     seconds: dict[str, float] = defaultdict(float)
-    for event in profiler.key_averages():
+    for event in profiler.key_averages() if by_group else ():  # which takes longer than the step
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         seconds[group_of(event.key)] += microseconds / 1e6
-    peak = torch.cuda.max_memory_allocated(stepper.device) - before if on_gpu else highest(profiler)
     return Profile(peak + resident(stepper.optimizer), dict(seconds))
 
 
@@ -525,7 +525,7 @@ def measure(task: str, options: argparse.Namespace, device: torch.device, consol
     precision = PRECISIONS[options.precision]
     steppers = make_steppers(task, module, tokenizer, options.batch_size, device, precision)
     flops = {name: count_total(stepper) for name, stepper in steppers.items()}
-    profiles = {name: profile(stepper) for name, stepper in steppers.items()}
+    profiles = {name: profile(stepper, by_group=name == "shared") for name, stepper in steppers.items()}
     products = record_products(steppers["shared"])
     products.step()
     turns = take_turns(
