@@ -276,7 +276,7 @@ def test_operations_are_counted_by_component(step_speed: ModuleType, built: tupl
 
 def test_ratios_pair_the_turns_of_a_round(step_speed: ModuleType) -> None:
     seconds = {"shared": (1.0, 4.0), "plain": (2.0, 6.0)}
-    turns = [step_speed.Turn(at, plan, values[at], 0.1) for plan, values in seconds.items() for at in (1, 0)]
+    turns = [step_speed.Turn(at, plan, values[at], 0.1, 9.0) for plan, values in seconds.items() for at in (1, 0)]
     assert step_speed.ratios(turns, "plain") == [2.0, 1.5]
 
 

@@ -123,8 +123,9 @@ class Turn:
 
     round: int
     plan: str
-    seconds: float  # forward, backward and optimizer
+    seconds: float  # forward, backward and optimizer, by `now`
     optimizer_seconds: float  # of these, what no plan can change
+    wall_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,17 +360,15 @@ def normalised(module: Pretraining, pairs: Batch) -> Tensor:
 
 
 def count_flops(module: Pretraining, plan: Plan) -> dict[str, int]:
-    """Floating-point operations of the forward pass by component, and of forward and backward in `total`."""
+    """Floating-point operations of the forward pass by component. The counter cannot tell those of backward apart."""
     model, head = module.model, module.objectives["masked_language"].head
     parts = {"vision": model.vision, "language": model.language, "fusion": model.fusion, "vocabulary_head": head}
     torch.manual_seed(0)
-    with FlopCounterMode(display=False) as counter:
-        loss = plan()
-        counts, forward = counter.get_flop_counts(), counter.get_total_flops()
-        loss.backward()  # which the counter cannot tell apart by component where inputs need no gradient
-    module.zero_grad()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        plan()
+    counts = counter.get_flop_counts()
     flops = {name: sum(counts[type(part).__name__].values()) for name, part in parts.items()}
-    return flops | {"other": forward - sum(flops.values()), "total": counter.get_total_flops()}
+    return flops | {"other": counter.get_total_flops() - sum(flops.values())}
 
 
 def count_total(stepper: Stepper) -> int:
@@ -392,14 +391,15 @@ def take_turns(steppers: Mapping[str, Stepper | Products], rounds: int, progress
     """Steps in turn, the order reversed every other round so that a drift of the machine favours none."""
     turns = []
     for number in range(1, rounds + 1):
+        gc.collect()
         for name in list(steppers)[:: 1 if number % 2 else -1]:
             stepper = steppers[name]
             torch.manual_seed(number)  # each plan draws the same masks
-            gc.collect()
-            start = now(stepper.device)
+            wall_start, start = time.perf_counter(), now(stepper.device)
             backward_end = stepper.step()
-            end = now(stepper.device)
-            turn = Turn(number, name, round(end - start, 4), round(end - backward_end, 4))
+            end, wall_end = now(stepper.device), time.perf_counter()
+            seconds = end - start, end - backward_end, wall_end - wall_start
+            turn = Turn(number, name, *(round(value, 4) for value in seconds))
             progress(turn)
             turns.append(turn)
     return turns
@@ -446,9 +446,12 @@ def group_of(operator: str) -> str:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Seconds. With one thread on a CPU they are the process's own, in which it does not wait for a core that others
+    use; else the clock's, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
     return time.perf_counter()
 
 
@@ -473,6 +476,7 @@ def summarise(
             "seconds_a_sample_min": round(min(turn.seconds for turn in own) / samples, 4),
             "seconds_a_sample_max": round(max(turn.seconds for turn in own) / samples, 4),
             "optimizer_seconds_median": median(turn.optimizer_seconds for turn in own),
+            "wall_seconds_a_sample_median": round(median(turn.wall_seconds for turn in own) / samples, 4),
             "ratio_median": round(median(against), 3),
             "ratio_min": round(min(against), 3),
             "ratio_max": round(max(against), 3),
