@@ -188,14 +188,14 @@ def test_the_recorded_products_are_all_operations_of_the_step_whatever_kernel_at
             products.step()
         counts[backend] = counter.get_total_flops()
     with sdpa_kernel(SDPBackend.MATH):
-        whole = step_speed.count_total(stepper)
+        whole = step_speed.count(stepper).flops
     assert counts[SDPBackend.MATH] == counts[SDPBackend.FLASH_ATTENTION] == whole
 
 
 def test_the_libraries_models_have_the_projects_sizes_and_learn(
-    step_speed: ModuleType, tokenizer_of_width_64: tuple[Pretraining, Tokenizer]
+    step_speed: ModuleType, built_at_width_64: tuple[Pretraining, Tokenizer]
 ) -> None:
-    module, tokenizer = tokenizer_of_width_64
+    module, tokenizer = built_at_width_64
     sizes = step_speed.sizes_of(module, tokenizer)
     assert (sizes.width, sizes.encoder_layers, sizes.fusion_layers, sizes.num_heads) == (64, 2, 2, 4)
     bridgetower, vilt = step_speed.BridgeTower(sizes), step_speed.Vilt(sizes, 4)
@@ -219,7 +219,7 @@ def test_the_libraries_models_have_the_projects_sizes_and_learn(
 
 
 @pytest.fixture
-def tokenizer_of_width_64(step_speed: ModuleType) -> tuple[Pretraining, Tokenizer]:
+def built_at_width_64(step_speed: ModuleType) -> tuple[Pretraining, Tokenizer]:
     """BridgeTower's heads are 64 wide."""
     module, tokenizer = step_speed.build("tiny")
     return module.train(), tokenizer

@@ -91,13 +91,19 @@ class Stepper:
 
     def step(self) -> float:
         """Forward, backward and optimizer; the moment at which the optimizer began."""
+        self.learn()
+        backward_end = now(self.device)
+        self.update()
+        return backward_end
+
+    def learn(self) -> None:
         with self._autocast():
             loss = self.plan()
         loss.backward()
-        backward_end = now(self.device)
+
+    def update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return backward_end
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == torch.float32:
@@ -129,11 +135,11 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
-    """One step as torch's profiler saw it."""
+class Counts:
+    """What a step needs, timed by nobody."""
 
+    flops: int  # floating-point operations, forward and backward
     peak_bytes: int  # weights, gradients, the optimizer's and the step's own tensors where they are most
-    seconds: dict[str, float]  # by group; empty where nobody asked
 
 
 # --- What is stepped -------------------------------------------------------------------------------------------------
@@ -371,12 +377,19 @@ def count_flops(module: Pretraining, plan: Plan) -> dict[str, int]:
     return flops | {"other": counter.get_total_flops() - sum(flops.values())}
 
 
-def count_total(stepper: Stepper) -> int:
-    """Floating-point operations of a forward and a backward pass. The step is taken, which warms up."""
+def count(stepper: Stepper) -> Counts:
+    """Of a step that is taken and warms up. The memory is that of later steps, when the optimizer has its state."""
+    on_gpu = stepper.device.type == "cuda"
     torch.manual_seed(0)
-    with FlopCounterMode(display=False) as counter:
-        stepper.step()
-    return counter.get_total_flops()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(stepper.device)
+    before = torch.cuda.memory_allocated(stepper.device) if on_gpu else 0
+    with torch.profiler.profile(profile_memory=not on_gpu) as profiler, FlopCounterMode(display=False) as counter:
+        stepper.learn()
+        now(stepper.device)
+    peak = torch.cuda.max_memory_allocated(stepper.device) - before if on_gpu else highest(profiler)
+    stepper.update()
+    return Counts(counter.get_total_flops(), peak + resident(stepper.optimizer))
 
 
 def record_products(stepper: Stepper) -> Products:
@@ -405,22 +418,18 @@ def take_turns(steppers: Mapping[str, Stepper | Products], rounds: int, progress
     return turns
 
 
-def profile(stepper: Stepper, by_group: bool) -> Profile:
-    """Memory and, `by_group`, time of one step. The optimizer must have its state."""
-    on_gpu = stepper.device.type == "cuda"
+def shares_of(stepper: Stepper) -> dict[str, float]:
+    """Where a step's time goes: the part of each group of operators, the largest first. The optimizer has its state."""
     torch.manual_seed(0)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(stepper.device)
-    before = torch.cuda.memory_allocated(stepper.device) if on_gpu else 0
-    with torch.profiler.profile(profile_memory=not on_gpu) as profiler:
+    with torch.profiler.profile() as profiler:
         stepper.step()
         now(stepper.device)
-    peak = torch.cuda.max_memory_allocated(stepper.device) - before if on_gpu else highest(profiler)
-    seconds: dict[str, float] = defaultdict(float)
-    for event in profiler.key_averages() if by_group else ():  # which takes longer than the step
-        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        seconds[group_of(event.key)] += microseconds / 1e6
-    return Profile(peak + resident(stepper.optimizer), dict(seconds))
+    times: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        on_gpu = stepper.device.type == "cuda"
+        times[group_of(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    whole = sum(times.values())
+    return {group: round(value / whole, 4) for group, value in sorted(times.items(), key=lambda item: -item[1])}
 
 
 def resident(optimizer: torch.optim.Optimizer) -> int:
@@ -464,9 +473,7 @@ def ratios(turns: Sequence[Turn], plan: str) -> list[float]:
 # --- The report ------------------------------------------------------------------------------------------------------
 
 
-def summarise(
-    samples: int, flops: Mapping[str, int], profiles: Mapping[str, Profile], turns: Sequence[Turn]
-) -> dict[str, dict[str, Any]]:
+def summarise(samples: int, counts: Mapping[str, Counts], turns: Sequence[Turn]) -> dict[str, dict[str, Any]]:
     """Figures of each plan: seconds, memory, operations, and how many times those of `shared`."""
     summary: dict[str, dict[str, Any]] = {}
     for plan in dict.fromkeys(turn.plan for turn in turns):
@@ -481,10 +488,11 @@ def summarise(
             "ratio_min": round(min(against), 3),
             "ratio_max": round(max(against), 3),
         }
-        if plan in flops:
-            summary[plan]["gflops_a_sample"] = round(flops[plan] / samples / 1e9, 3)
-            summary[plan]["flops_ratio"] = round(flops[plan] / flops["shared"], 3)
-            summary[plan]["peak_gib"] = round(profiles[plan].peak_bytes / 2**30, 3)
+        if plan in counts:
+            flops = counts[plan].flops
+            summary[plan]["gflops_a_sample"] = round(flops / samples / 1e9, 3)
+            summary[plan]["flops_ratio"] = round(flops / counts["shared"].flops, 3)
+            summary[plan]["peak_gib"] = round(counts[plan].peak_bytes / 2**30, 3)
     summary["products"]["gflops_a_sample"] = summary["shared"]["gflops_a_sample"]
     return summary
 
@@ -528,8 +536,8 @@ def measure(task: str, options: argparse.Namespace, device: torch.device, consol
     module, tokenizer = build(options.model)
     precision = PRECISIONS[options.precision]
     steppers = make_steppers(task, module, tokenizer, options.batch_size, device, precision)
-    flops = {name: count_total(stepper) for name, stepper in steppers.items()}
-    profiles = {name: profile(stepper, by_group=name == "shared") for name, stepper in steppers.items()}
+    counts = {name: count(stepper) for name, stepper in steppers.items()}
+    shares = shares_of(steppers["shared"])
     products = record_products(steppers["shared"])
     products.step()
     turns = take_turns(
@@ -538,24 +546,20 @@ def measure(task: str, options: argparse.Namespace, device: torch.device, consol
         lambda turn: console.print(f"{task}, round {turn.round}: {turn.plan:12} {turn.seconds:8.3f} s", style="dim"),
     )
     samples = options.batch_size if task == "pretraining" else options.batch_size // 2
-    summary = summarise(samples, flops, profiles, turns)
+    summary = summarise(samples, counts, turns)
     console.print(as_table(summary))
-    whole = sum(profiles["shared"].seconds.values())
     result = {
         "samples_a_step": samples,
         "summary": summary,
         "times_the_products": times_the_products(turns),
-        "shares_of_the_step": {
-            group: round(seconds / whole, 4)
-            for group, seconds in sorted(profiles["shared"].seconds.items(), key=lambda item: -item[1])
-        },
+        "shares_of_the_step": shares,
         "turns": [asdict(turn) for turn in turns],
     }
     if task == "pretraining":
         plans = make_plans(module, tokenizer, options.batch_size)
-        counts = {name: count_flops(module, plans[name]) for name in ("shared", "plain", "plain_padded")}
         result["gflops_forward"] = {
-            name: {part: round(count / 1e9, 3) for part, count in parts.items()} for name, parts in counts.items()
+            name: {part: round(flops / 1e9, 3) for part, flops in count_flops(module, plan).items()}
+            for name, plan in plans.items()
         }
     return result
 
