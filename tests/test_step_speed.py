@@ -188,7 +188,7 @@ def test_the_recorded_products_are_all_operations_of_the_step_whatever_kernel_at
             products.step()
         counts[backend] = counter.get_total_flops()
     with sdpa_kernel(SDPBackend.MATH):
-        whole = step_speed.count(stepper).flops
+        whole = step_speed.counts_of(stepper).flops
     assert counts[SDPBackend.MATH] == counts[SDPBackend.FLASH_ATTENTION] == whole
 
 

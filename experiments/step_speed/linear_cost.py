@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from step_speed import Stepper, build, count, describe_machine, take_turns
+from step_speed import Stepper, build, counts_of, describe_machine, take_turns
 
 from vlm.models.language.tokenizer import Tokenizer
 from vlm.training.pretraining import Pretraining
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch = make_batch(module, tokenizer, *shape)
         module.transfer_batch_to_device(batch, device, 0)
         steppers[f"{axis} {count}"] = Stepper(lambda batch=batch: module.losses_of(batch)["loss"], optimizer, device)
-    flops = {name: count(stepper).flops for name, stepper in steppers.items()}
+    flops = {name: counts_of(stepper).flops for name, stepper in steppers.items()}
     turns = take_turns(
         steppers,
         options.repeats,

@@ -183,7 +183,7 @@ def sizes_of(module: Pretraining, tokenizer: Tokenizer) -> Sizes:
 
 def made_up_tokenizer(vocabulary_size: int, max_tokens: int) -> Tokenizer:
     """Words `w4`, `w5`, ... with RoBERTa's special tokens at RoBERTa's places: the published one needs a network."""
-    cls, pad, sep, mask = (SPELLINGS[name] for name in (CLS, PAD, SEP, MASK))
+    cls, pad, sep, mask = (SPELLINGS[name][1] for name in (CLS, PAD, SEP, MASK))  # RoBERTa's
     tokens = [cls, pad, sep, "<unk>", *(f"w{number}" for number in range(4, vocabulary_size - 1)), mask]
     backend = tokenizers.Tokenizer(models.WordLevel({token: at for at, token in enumerate(tokens)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -377,7 +377,7 @@ def count_flops(module: Pretraining, plan: Plan) -> dict[str, int]:
     return flops | {"other": counter.get_total_flops() - sum(flops.values())}
 
 
-def count(stepper: Stepper) -> Counts:
+def counts_of(stepper: Stepper) -> Counts:
     """Of a step that is taken and warms up. The memory is that of later steps, when the optimizer has its state."""
     on_gpu = stepper.device.type == "cuda"
     torch.manual_seed(0)
@@ -536,7 +536,7 @@ def measure(task: str, options: argparse.Namespace, device: torch.device, consol
     module, tokenizer = build(options.model)
     precision = PRECISIONS[options.precision]
     steppers = make_steppers(task, module, tokenizer, options.batch_size, device, precision)
-    counts = {name: count(stepper) for name, stepper in steppers.items()}
+    counts = {name: counts_of(stepper) for name, stepper in steppers.items()}
     shares = shares_of(steppers["shared"])
     products = record_products(steppers["shared"])
     products.step()
