@@ -105,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description="Seconds of a step against text length and number of pairs.")
     parser.add_argument("--model", choices=("base", "tiny"), default="base", help="a config of configs/model")
+    parser.add_argument("overrides", nargs="*", help="of the model: model.vision.depth=6 ...")
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: one for each core")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -114,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     console, device = Console(), torch.device(options.device)
 
-    longest = {"tiny": ["model.language.max_tokens=128"]}.get(options.model, [])
-    module, tokenizer = build(options.model, longest)
+    longest = [f"model.language.max_tokens={TOKENS[-1]}"]  # tiny encoders have as many positions
+    module, tokenizer = build(options.model, [*longest, *options.overrides])
     module.to(device).train()
     optimizer = module.configure_optimizers()["optimizer"]
     shapes = {("pairs", count): (count, TOKENS_OF_PAIRS) for count in PAIRS}
@@ -147,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {
         "command": shlex.join(["python", "experiments/step_speed/linear_cost.py", *given]),
         "machine": describe_machine(device),
-        "model": options.model,
+        "model": [options.model, *options.overrides],
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
         **results,
     }
     options.results.write_text(json.dumps(result, indent=1) + "\n")
