@@ -670,6 +670,14 @@ def _models(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
         yield annotation
 
 
+def _has_plain_member(annotation: Any) -> bool:
+    """Whether a union has members that are no config classes, such as numbers."""
+    if typing.get_origin(annotation) is Annotated:
+        return _has_plain_member(typing.get_args(annotation)[0])
+    members = typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else ()
+    return any(member is not type(None) and not list(_models(member)) for member in members)
+
+
 def _tag(model: type[pydantic.BaseModel]) -> str | None:
     """The value of `type` that chooses this variant."""
     field = model.model_fields.get("type")
@@ -691,6 +699,11 @@ def _locate(location: tuple[str | int, ...], schema: type[pydantic.BaseModel]) -
             if chosen:
                 annotation = chosen[0]
                 continue
+        if models and key not in models[0].model_fields and _has_plain_member(annotation):
+            if key != models[0].__name__:  # a label of pydantic's own
+                break
+            annotation = models[0]
+            continue
         if models:
             if key not in models[0].model_fields:
                 path.append(key)

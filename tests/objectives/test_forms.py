@@ -272,8 +272,21 @@ def test_a_schedule_goes_from_one_weight_to_the_other() -> None:
     weight = "objectives.matching.weight={shape: cosine, initial: 1, final: 0, to_fraction: 0.5}"
     config = compose("pretrain", [weight], RunConfig)
     assert config.objectives["matching"].weight == WeightSchedule(shape="cosine", initial=1, final=0, to_fraction=0.5)
-    with pytest.raises(ValueError, match="from_fraction must be at most to_fraction"):
-        WeightSchedule(initial=0, final=1, from_fraction=0.5, to_fraction=0.1)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ("-1", "weight: must be at least 0, got -1"),
+        ("high", "weight: expected a number, got 'high'"),
+        ("{initial: 1}", "weight.final: required, but not given"),
+        ("{initial: 1, final: 0, to: 3}", "weight.to: unknown key. Did you mean .*to_fraction"),
+        ("{initial: 0, final: 1, from_fraction: 0.5, to_fraction: 0.1}", "weight: from_fraction must be at most"),
+    ],
+)
+def test_a_wrong_weight_is_one_line_at_its_key(weight: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^objectives\.matching\.{message}"):
+        compose("pretrain", [f"objectives.matching.weight={weight}"], RunConfig)
 
 
 def test_an_objective_that_weighs_nothing_is_not_encoded_and_the_others_go_on() -> None:

@@ -6,9 +6,9 @@ The variants are listed here and nowhere else. Torch is imported only when one i
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Discriminator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag, model_validator
 
 from vlm.config import Config, CustomConfig
 
@@ -24,11 +24,11 @@ class WeightSchedule(Config):
     Before and after it stays as it is. While it is 0, the objective's work is left out. Validation weighs by `final`.
     """
 
-    shape: Literal["linear", "cosine"] = "linear"
-    initial: NonNegativeFloat
-    final: NonNegativeFloat
-    from_fraction: float = Field(0.0, ge=0, le=1)
-    to_fraction: float = Field(1.0, ge=0, le=1)
+    shape: Literal["linear", "cosine"] = "linear"  # of the way between the two
+    initial: NonNegativeFloat  # the weight until `from_fraction`
+    final: NonNegativeFloat  # the weight from `to_fraction` on
+    from_fraction: float = Field(0.0, ge=0, le=1)  # share of the steps after which it begins to change
+    to_fraction: float = Field(1.0, ge=0, le=1)  # share of the steps after which it changes no more
 
     @model_validator(mode="after")
     def _forward(self) -> WeightSchedule:
@@ -46,7 +46,15 @@ class WeightSchedule(Config):
         return self.initial + (self.final - self.initial) * passed
 
 
-Weight = NonNegativeFloat | WeightSchedule
+def _form_of_weight(given: Any) -> str:
+    """Which of the two an error is to speak of."""
+    return WeightSchedule.__name__ if isinstance(given, dict | WeightSchedule) else "number"
+
+
+Weight = Annotated[
+    Annotated[NonNegativeFloat, Tag("number")] | Annotated[WeightSchedule, Tag(WeightSchedule.__name__)],
+    Discriminator(_form_of_weight),
+]
 """Of a loss in the sum of losses: a number, or a schedule."""
 
 
@@ -144,8 +152,8 @@ class CaptioningConfig(Config):
 
     type: Literal["captioning"] = "captioning"
     weight: Weight = 1.0
-    depth: PositiveInt = 2
-    dropout: float = Field(0.1, ge=0, lt=1)
+    depth: PositiveInt = 2  # blocks of the decoder
+    dropout: float = Field(0.1, ge=0, lt=1)  # in the decoder
 
     def build(self, model: VisionLanguageModel, tokenizer: Tokenizer, classes: tuple[str, ...]) -> Objective:
         from vlm.objectives.captioning import Captioning
