@@ -335,3 +335,13 @@ def test_the_recorded_step_is_near_its_limit_ahead_of_its_like_and_the_readme_sa
             assert f"{row['seconds_a_sample_median']:.2f}" in readme
     assert result["tasks"]["pretraining"]["summary"]["plain"]["ratio_median"] >= 1.5
     assert result["tasks"]["pretraining"]["summary"]["vilt"]["ratio_median"] > 1  # on NLVR2 it is level
+
+
+def test_the_recorded_cost_is_a_straight_line_and_the_readme_says_so() -> None:
+    result = json.loads((FOLDER / "linear_cost.json").read_text())
+    readme = (FOLDER / "README.md").read_text()
+    assert f"\n{result['command']}\n" in readme
+    for axis in ("pairs", "tokens"):
+        assert result[axis]["line"]["r_squared"] > 0.97
+        assert f"{result[axis]['line']['slope']:.3f}" in readme
+        assert f"{result[axis]['line']['r_squared']:.3f}" in readme
