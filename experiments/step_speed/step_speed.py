@@ -167,7 +167,7 @@ def sizes_of(module: Pretraining, tokenizer: Tokenizer) -> Sizes:
     vision: Any = module.model.vision
     fusion: Any = module.model.fusion
     with torch.no_grad():
-        patches = vision(torch.zeros(1, 3, vision.image_pixels, vision.image_pixels)).shape[1] - 1
+        patches = vision(torch.zeros(1, 3, vision.image_pixels, vision.image_pixels, device=module.device)).shape[1] - 1
     return Sizes(
         vocabulary=tokenizer.vocabulary_size,
         text_tokens=tokenizer.max_tokens,
@@ -321,8 +321,7 @@ def make_steppers(
     """All who take part in a task, by the name of their plan."""
     module.to(device).train()
     pairs, _ = make_batches(module, tokenizer, batch_size)
-    sizes = sizes_of(module.cpu(), tokenizer)
-    module.to(device)
+    sizes = sizes_of(module, tokenizer)
     bridgetower = BridgeTower(sizes)
     vilt = Vilt(sizes, sizes.encoder_layers + sizes.fusion_layers)
     others = {"bridgetower": bridgetower, "vilt": vilt, "vilt_shallow": Vilt(sizes, sizes.encoder_layers, vilt)}
