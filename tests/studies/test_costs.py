@@ -79,7 +79,7 @@ def test_a_text_that_two_objectives_share_counts_once() -> None:
 @pytest.mark.parametrize(("name", "options"), [("pretrain", ["objectives=aligned"]), ("finetune", ["task=nlvr2"])])
 def test_products_that_are_not_computed_are_counted_as_if_they_were(name: str, options: list[str]) -> None:
     config = compose(name, [*TINY, *options], RunConfig)
-    module, batch = costs._module_and_batch(config)
+    module, batch = costs._module_and_batch(config, config.model.language.max_tokens)
     module.train()
     torch.manual_seed(0)
     with FlopCounterMode(display=False) as counter:
