@@ -23,21 +23,30 @@ ROOT = Path(__file__).parent.parent
 def groups_of(name: str) -> list[str]:
     """The groups that a config's defaults list chooses from."""
     defaults = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["defaults"]
-    return [group for entry in defaults if isinstance(entry, dict) for group in entry]
+    return [group.removeprefix("override ") for entry in defaults if isinstance(entry, dict) for group in entry]
 
 
-def options_of(group: str) -> list[str]:
-    return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+def options_of(group: str, name: str) -> list[str]:
+    """What a config may choose: data that bring their task along are for fine-tunings."""
+    options = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+    is_finetuning = "task" in groups_of(name) or name == "paper_finetune"
+    return [option for option in options if is_finetuning or (group, option) != ("data", "csv")]
 
 
 def settings(group: str, option: str) -> list[str]:
     """What an option leaves to its user (`???`)."""
-    tree = yaml.safe_load((CONFIGS / group / f"{option}.yaml").read_text()) or {}
+    text = (CONFIGS / group / f"{option}.yaml").read_text()
+    tree = yaml.safe_load(text) or {}
+    if text.startswith("# @package _global_"):
+        tree = tree[group]
     return [f"{group}.{key}=somewhere" for key, value in tree.items() if value == "???"]
 
 
 CHOICES = [
-    (name, group, option) for name in available_configs() for group in groups_of(name) for option in options_of(group)
+    (name, group, option)
+    for name in available_configs()
+    for group in groups_of(name)
+    for option in options_of(group, name)
 ]
 
 
@@ -58,7 +67,7 @@ def test_every_config_composes_with_every_option_of_its_groups(
 @pytest.mark.parametrize("name", available_configs())
 def test_options_of_a_group_are_different_runs(name: str) -> None:
     for group in groups_of(name):
-        configs = [compose(name, [f"{group}={o}", *settings(group, o)], RunConfig) for o in options_of(group)]
+        configs = [compose(name, [f"{group}={o}", *settings(group, o)], RunConfig) for o in options_of(group, name)]
         assert all(fingerprint(one) != fingerprint(other) for one, other in itertools.combinations(configs, 2)), group
 
 
