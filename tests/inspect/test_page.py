@@ -223,7 +223,11 @@ def test_statements_about_two_images_are_shown_and_asked(
 
 
 def test_the_verb_serves_until_it_is_interrupted(table_run: TableRun) -> None:
-    command = [sys.executable, "-m", "vlm.cli", "inspect", str(table_run.folder)]
+    # Who runs the tests in the background has ctrl-C ignored, and so would what they start.
+    restored = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from vlm.cli import main; "
+    )
+    command = [sys.executable, "-c", restored + "sys.exit(main())", "inspect", str(table_run.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         printed = process.stdout.readline()

@@ -147,9 +147,9 @@ def test_more_frozen_blocks_than_there_are_are_refused(make: Callable[..., Visio
 
 
 def test_an_encoder_without_blocks_says_that_it_has_none() -> None:
-    with pytest.raises(UserError, match="ResNet has no blocks"):
+    with pytest.raises(UserError, match="VGG has no blocks"):
         ModelConfig(
-            vision=TimmVisionConfig(name="resnet10t.c3_in1k", pretrained=False, frozen_blocks=1),
+            vision=TimmVisionConfig(name="vgg11.tv_in1k", pretrained=False, frozen_blocks=1),
             language=TINY_LANGUAGE,
             fusion=FUSION,
         ).build()

@@ -67,7 +67,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[Job]:
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_that_ships_expands(name: str, tmp_path: Path) -> None:
     planned = plan(load_yaml(experiments_folder() / name / STUDY, StudyConfig), tmp_path)
-    assert len({job.id for job in planned}) == len(planned)
+    shared = 3 if name == "paper_switches" else 0  # a switch of the fine-tuning alone has another's pretraining
+    assert len({job.id for job in planned}) == len(planned) - shared
     assert {job.config.name for job in planned} == {job.stage for job in planned}
 
 
