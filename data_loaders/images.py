@@ -4,7 +4,7 @@ for them in a baseline that may not look."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -144,6 +144,30 @@ def grey(image_pixels: int) -> UInt8[Tensor, "3 h w"]:
     return torch.full((3, image_pixels, image_pixels), 127, dtype=torch.uint8)
 
 
+def sound_batches(
+    images: Images,
+    keys: Sequence[str],
+    batch_size: int,
+    shown: Callable[[range], Iterable[int]],
+    skip_damaged: bool,
+    damages: dict[str | int, Damage],
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Keys and pixels of so many images at a time. Damaged ones stop it, or are left out and noted in `damages`."""
+    for start in shown(range(0, len(keys), batch_size)):
+        mine = list(keys[start : start + batch_size])
+        try:
+            pixels = images(mine)
+        except DamagedError as error:
+            if not skip_damaged:
+                raise
+            damages |= error.damages
+            mine = [key for key in mine if key not in error.damages]
+            if not mine:
+                continue
+            pixels = images(mine)
+        yield mine, pixels
+
+
 class EncodedImages:
     """States of a frozen vision encoder, one row an image, in place of the pixels they came from.
 
@@ -176,18 +200,7 @@ class EncodedImages:
         states: Tensor | None = None
         done, rows = 0, dict[str, int]()
         damages: dict[str | int, Damage] = {}
-        for start in shown(range(0, len(keys), batch_size)):
-            mine = list(keys[start : start + batch_size])
-            try:
-                pixels = images(mine)
-            except DamagedError as error:
-                if not skip_damaged:
-                    raise
-                damages |= error.damages
-                mine = [key for key in mine if key not in error.damages]
-                if not mine:
-                    continue
-                pixels = images(mine)
+        for mine, pixels in sound_batches(images, keys, batch_size, shown, skip_damaged, damages):
             part = encoder(pixels).float().cpu()
             if states is None:
                 if part[0].nbytes * len(keys) > max_bytes:

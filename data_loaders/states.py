@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_loaders.images import Images
+from data_loaders.images import Images, sound_batches
 from data_loaders.shards import DamagedError
 from vlm.sharing import share
 from vlm.types import Damage
@@ -169,18 +169,7 @@ def _encoded(
     A last batch that is short is filled up: rows of batches of one size are more alike than those of two sizes.
     """
     names, parts, per_file = list[str](), list[Tensor](), 0
-    for start in shown(range(0, len(keys), batch_size)):
-        mine = list(keys[start : start + batch_size])
-        try:
-            pixels = images(mine)
-        except DamagedError as error:
-            if not skip_damaged:
-                raise
-            damages |= error.damages
-            mine = [key for key in mine if key not in error.damages]
-            if not mine:
-                continue
-            pixels = images(mine)
+    for mine, pixels in sound_batches(images, keys, batch_size, shown, skip_damaged, damages):
         filled = torch.cat([pixels, pixels[:1].expand(batch_size - len(mine), *pixels.shape[1:])])
         part = encoder(filled)[: len(mine)].float().cpu()
         if not per_file:
